@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-
 from compendium.metrics.bootstrap import paired_interval, resample_weights
 
 
