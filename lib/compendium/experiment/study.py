@@ -49,7 +49,7 @@ def run_folder(chapter: str, preset: str) -> Path:
         return Path(folder)
     return root() / ".compendium" / "interactive" / preset / chapter
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #1468228b
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #3a021902
 SMOKE_REASON = "preset smoke only checks that every cell runs"
 
 
@@ -95,9 +95,14 @@ class Experiment:
         from tqdm.auto import tqdm
 
         grid = [(arm, seed) for seed in self.seeds for arm in dict.fromkeys(arms)]
-        with tqdm(grid, desc=self.chapter.name, unit="run") as progress:
-            for arm, seed in progress:
+        unwatched = "COMPENDIUM_RUN_DIR" in os.environ  # the runner shows the progress instead
+        with tqdm(grid, desc=self.chapter.name, unit="run", disable=unwatched) as progress:
+            for index, (arm, seed) in enumerate(progress, 1):
                 progress.set_postfix_str(f"{arm}, seed {seed}")
+                if unwatched:
+                    (self.folder / "progress.txt").write_text(
+                        f"run {index} of {len(grid)}: {arm}, seed {seed}"
+                    )
                 outcome, history = self._run_one(train_arm, arm, seed)
                 self.outcomes.setdefault(arm, []).append(outcome)
                 self.histories.setdefault(arm, []).append(history)
