@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['TrainArm', 'SMOKE_REASON', 'published_numbers', 'run_folder', 'Experiment', 'verdict_table']
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #fdc27f42
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #8479f3d7
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ from .tracking import Tracker
 
 TrainArm = Callable[[str, int, Callable[..., None]], Outcome | Mapping[str, float]]
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #d121159c
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #56ac7142
 def published_numbers(chapter: str) -> list[Published]:
     """The numbers that the paper of `chapter` printed, from `data/published.yaml`."""
     import yaml
 
     table = yaml.safe_load(
-        (files("compendium") / "files" / "published.yaml").read_text(encoding="utf-8")
+        (resources.files("compendium") / "files" / "published.yaml").read_text(encoding="utf-8")
     )
     return [Published.model_validate(row) for row in table.get(chapter) or []]
 
@@ -49,7 +49,7 @@ def run_folder(chapter: str, preset: str) -> Path:
         return Path(folder)
     return root() / ".compendium" / "interactive" / preset / chapter
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #3a021902
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #290b85cf
 SMOKE_REASON = "preset smoke only checks that every cell runs"
 
 
@@ -181,8 +181,12 @@ class Experiment:
     def finish(self) -> Any:
         """Decide the claims, write the record into the run folder, and return the table of verdicts."""
         record = self.record()
-        figures = [self.folder / figure.file for figure in record.figures]
-        self.tracker.mirror_record(record, figures)
+        files = [
+            (self.folder / figure.file).with_suffix(end)
+            for figure in record.figures
+            for end in (".png", ".svg")
+        ]
+        self.tracker.mirror_record(record, files)
         record.wandb = list(self.tracker.run_ids)
         save_record(record, self.folder / "record.json")
         return verdict_table(record)

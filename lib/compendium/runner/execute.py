@@ -162,14 +162,16 @@ def redact_files(folder: Path) -> None:
                     )
                 )
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #645da5a6
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #ef300329
 def run_notebook(job: Job, folder: Path) -> Failure | None:
     """Execute the notebook of `job` with papermill; figures, record and notebook go to `folder`."""
     import logging
+    import tempfile
 
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     executed = folder / "notebook.ipynb"
@@ -182,13 +184,19 @@ def run_notebook(job: Job, folder: Path) -> Failure | None:
         (folder / "cell.txt").write_text(str(cell_index + 1))
 
     parameters = {name: getattr(job, name) for name in ("preset", "seed", "device", "overrides")}
-    with Watchdog(job.time_limit) as watchdog:
+    with (
+        tempfile.TemporaryDirectory(prefix="compendium-") as sockets,
+        Watchdog(job.time_limit) as watchdog,
+    ):
+        # Messages travel through sockets in a private folder, not over open TCP ports.
+        transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
         try:
             papermill.execute_notebook(
                 source,
                 executed,
                 parameters=parameters,
                 kernel_name="python3",
+                config=Config(KernelManager=transport),
                 cwd=source.parent,
                 progress_bar=False,
                 autosave_cell_every=0,

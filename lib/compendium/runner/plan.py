@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'TIME_LIMITS', 'imported_modules', 'library_hashes', 'Job', 'count_gpus', 'default_device', 'plan_job',
-           'plan']
+           'plan', 'planned_jobs']
 
 # %% ../../../nbs/00_foundations/runner_plan.ipynb #a8bfe37f
 import ast
@@ -197,4 +197,15 @@ def plan(chapters: Iterable[str] = (), preset: str = "mini", **settings: Any) ->
     jobs = [plan_job(chapter, preset, **settings) for chapter in find(chapters)]
     if not jobs:
         raise ConfigError("no chapter is written yet; `compendium new CHAPTER` begins one")
+    return jobs
+
+# %% ../../../nbs/00_foundations/runner_plan.ipynb #d97f326d
+def planned_jobs(config: Mapping[str, Any]) -> list[Job]:
+    """The jobs for Snakemake's `config`: those in the file `plan`, else `chapters` and `preset`."""
+    if "plan" in config:
+        files = json.loads(Path(config["plan"]).read_text(encoding="utf-8"))
+        return [Job.load(root() / file) for file in files]
+    jobs = plan(str(config.get("chapters", "")).split(), config.get("preset", "mini"))
+    for job in jobs:
+        job.save()
     return jobs
