@@ -249,13 +249,19 @@ def book(
 
     print(f"Site: {build_book(preset, output)}")
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #551e3f8e
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #30913997
 @data_app.command("list")
 def data_list() -> None:
     """List the registered public data sets."""
-    from compendium.data.registry import summary
+    from compendium.data.registry import datasets_available, info
+    from compendium.runner.doctor import files_here
 
-    table("data set", "files", "MB", "licence", "here", rows=summary())
+    rows = []
+    for name in datasets_available():
+        data = info(name)
+        here = f"{files_here(name)} of {len(data.files)}"
+        rows.append((name, here, f"{data.bytes / 1e6:.1f}", ", ".join(data.formats), data.licence))
+    table("data set", "files here", "MB", "formats", "licence", rows=rows)
 
 
 @data_app.command("fetch")
@@ -273,11 +279,18 @@ def data_verify(
     names: Annotated[list[str] | None, typer.Argument(help="Data sets; all that are here.")] = None,
 ) -> None:
     """Check the files of data sets against their checksums."""
-    from compendium.data.registry import datasets_present, verify
+    from compendium.data.registry import datasets_available, verify
+    from compendium.runner.doctor import files_here
 
-    for name in names or datasets_present():
-        verify(name)
-        print(f"{name}: all files are as registered")
+    wrong = 0
+    for name in names or filter(files_here, datasets_available()):
+        problems = {file: problem for file, problem in verify(name).items() if problem}
+        wrong += len(problems)
+        for file, problem in problems.items():
+            print(f"{name}/{file}: {problem}")
+        if not problems:
+            print(f"{name}: all files are as registered")
+    raise typer.Exit(int(wrong > 0))
 
 # %% ../../../nbs/00_foundations/runner_cli.ipynb #9b9bc15b
 @zoo_app.command("list")
@@ -305,7 +318,7 @@ def zoo_build(
     for name in names or [model.name for model in list_models()]:
         print(f"{name}: {build(name, force=force)}")
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #e285c81b
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #1529e95f
 @app.command()
 def new(chapter: str) -> None:
     """Begin a chapter: a notebook and a test from the template, ready to run."""
@@ -321,7 +334,7 @@ def doctor() -> None:
     """Check this machine: Python, torch, GPU, W&B, caches, data."""
     from compendium.runner.doctor import examine
 
-    checks = examine()
+    checks = list(examine())
     table(
         "",
         "check",
