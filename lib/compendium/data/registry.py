@@ -131,7 +131,7 @@ def file_problem(path: Path, expected: DataFile) -> str | None:
         return f"cannot be read ({error.strerror})"
     return None if found == expected.sha256 else "has a wrong checksum"
 
-# %% ../../../nbs/00_foundations/data_registry.ipynb #cbcb1d41
+# %% ../../../nbs/00_foundations/data_registry.ipynb #527bf981
 class _Interrupted(Exception):
     """The connection broke; what has arrived is kept and the attempt may be repeated."""
 
@@ -142,7 +142,7 @@ def _receive(response, part: Path, file: DataFile, already: int, arrived) -> Non
 
     try:
         with open(part, "ab" if already else "wb") as stream:
-            for chunk in response.iter_content(1 << 16):
+            for chunk in response.iter_content(1 << 14):
                 stream.write(chunk)
                 already += len(chunk)
                 arrived(already)
