@@ -115,16 +115,15 @@ def _help_topics() -> list[Document]:
     topics = ast.literal_eval(assigned[0])
     return [Document(f"topic:{name}", text.strip()) for name, text in sorted(topics.items())]
 
-# %% ../../../nbs/00_foundations/data_corpora.ipynb #fd23bb53
-@lru_cache(maxsize=4)
-def _documentation(min_words: int) -> tuple[Document, ...]:
+# %% ../../../nbs/00_foundations/data_corpora.ipynb #1046b45c
+@lru_cache(maxsize=1)
+def _documentation() -> tuple[Document, ...]:
     found: dict[str, Document] = {}
     for document in _help_topics():
         found.setdefault(document.text, document)
     for name, source in _standard_library():
         for document in docstrings(source, name):
-            if len(document.text.split()) >= min_words:
-                found.setdefault(document.text, document)
+            found.setdefault(document.text, document)
     return tuple(found.values())
 
 
@@ -137,7 +136,7 @@ def _as_dataset(documents: Iterable[Document]):
         columns["text"].append(document.text)
     return datasets.Dataset.from_dict(columns)
 
-# %% ../../../nbs/00_foundations/data_corpora.ipynb #7fd59b92
+# %% ../../../nbs/00_foundations/data_corpora.ipynb #199b4600
 def python_documentation(min_words: int = 5) -> datasets.Dataset:
     """English prose of this Python's own documentation: help topics, then docstrings by module.
 
@@ -145,10 +144,11 @@ def python_documentation(min_words: int = 5) -> datasets.Dataset:
     then from memory. The same for every machine with the same Python release.
 
     Args:
-        min_words: leave out docstrings of fewer words.
+        min_words: leave out texts of fewer words.
     Returns: a `datasets.Dataset` with columns `source` and `text`.
     """
-    return _as_dataset(_documentation(min_words))
+    long_enough = (text for text in _documentation() if len(text.text.split()) >= min_words)
+    return _as_dataset(long_enough)
 
 
 @lru_cache(maxsize=1)

@@ -150,7 +150,7 @@ def _tagged_splits(
         splits[split] = _as_dataset({"tokens": tokens, "labels": labels}, features)
     return datasets.DatasetDict(splits)
 
-# %% ../../../nbs/00_foundations/data_loaders.ipynb #bcade8be
+# %% ../../../nbs/00_foundations/data_loaders.ipynb #8fc6bd82
 RESUME_TYPES = ["CONT", "EDU", "LOC", "NAME", "ORG", "PRO", "RACE", "TITLE"]
 WEIBO_TYPES = [
     f"{kind}.{level}" for kind in ("GPE", "LOC", "ORG", "PER") for level in ("NAM", "NOM")
@@ -163,18 +163,20 @@ _RESUME_LINE = re.compile(r"(?P<token>\S) (?P<tag>\S+)")
 def load_resume_ner(files: Files) -> DatasetDict:
     """Columns `tokens` (characters) and `labels` (`O` or `{B,M,E,S}-{RESUME_TYPES}`).
 
-    3,821 / 463 / 477 sentences with 13,438 / 1,497 / 1,630 entities (train / validation / test).
+    3,821 / 463 / 477 sentences with 13,438 / 1,497 / 1,630 entities (train / validation / test), counted by
+    their `B` and `S` tags; `seqeval` reads 13,440 in training, because a sentence boundary cuts two of them.
     """
     names = {"train": "train", "validation": "dev", "test": "test"}
     paths = {split: files[f"{name}.char.bmes"] for split, name in names.items()}
     return _tagged_splits(paths, _RESUME_LINE, _tag_names("BMES", RESUME_TYPES))
 
-# %% ../../../nbs/00_foundations/data_loaders.ipynb #c73ecc94
+# %% ../../../nbs/00_foundations/data_loaders.ipynb #ab90e5d2
 @loader("weibo_ner")
 def load_weibo_ner(files: Files) -> DatasetDict:
     """Columns `tokens` (characters) and `labels` (`O` or `{B,I}-{WEIBO_TYPES}`).
 
-    1,350 / 270 / 270 sentences with 1,885 / 389 / 414 entities (train / validation / test).
+    1,350 / 270 / 270 sentences with 1,885 / 389 / 414 entities (train / validation / test), counted by
+    their `B` tags; `seqeval` reads 1,895 / 389 / 418, because a few entities begin with `I`.
     """
     names = {"train": "train", "validation": "dev", "test": "test"}
     paths = {split: files[f"weiboNER_2nd_conll.{name}"] for split, name in names.items()}
