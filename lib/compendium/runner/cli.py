@@ -5,7 +5,7 @@ __all__ = ['app', 'data_app', 'zoo_app', 'Preset', 'table', 'list_chapters', 'pa
            'print_results', 'show', 'report', 'book', 'data_list', 'data_fetch', 'data_verify', 'zoo_list', 'zoo_build',
            'new', 'doctor', 'main']
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #a55ad865
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #ebc7da5f
 import json
 import sys
 from collections.abc import Mapping
@@ -27,15 +27,27 @@ app.add_typer(zoo_app, name="zoo")
 
 
 def table(*columns: str, rows: list[tuple[Any, ...]]) -> None:
-    """Print a table with `columns` and `rows`."""
+    """Print a table with `columns` and `rows`; in a file, each row is one line however long."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    console = Console()
+    if not console.is_terminal:
+        widths = [
+            max(len(str(cell)) for cell in column) for column in zip(columns, *rows, strict=True)
+        ]
+        for row in [columns, *rows]:
+            print(
+                "  ".join(
+                    str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+            )
+        return
     drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        drawn.add_row(*map(str, row))
-    console = Console()
-    console.print(drawn) if console.is_terminal else Console(width=160).print(drawn)
+        drawn.add_row(*(escape(str(cell)) for cell in row))
+    console.print(drawn)
 
 # %% ../../../nbs/00_foundations/runner_cli.ipynb #9b420b8f
 @app.command("list")
@@ -70,7 +82,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
             overrides[name] = value
     return overrides
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #9412a960
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #8d4890a1
 Preset = Annotated[str, typer.Option(help="smoke, mini, benchmark or paper.")]
 
 
@@ -109,8 +121,12 @@ def run(
         time_limit=time_limit,
     )
     before = {job.chapter: committed(job.chapter, preset) for job in planned}
-    with progress_display() as show:
-        results = run_batch(planned, cores=jobs, keep_going=keep_going, force=force, show=show)
+    try:
+        with progress_display() as show:
+            results = run_batch(planned, cores=jobs, keep_going=keep_going, force=force, show=show)
+    except KeyboardInterrupt:
+        print("compendium: interrupted; what was finished is kept", file=sys.stderr)
+        raise typer.Exit(130) from None
     regenerate()
     print_results(results, before)
     print(f"\nReports: {root() / 'reports' / 'README.md'}")
@@ -343,13 +359,11 @@ def doctor() -> None:
     )
     raise typer.Exit(int(not all(fine for _, fine, _ in checks)))
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #e3b8ca12
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #2463df3a
 def main() -> None:
     """Entry point of the command `compendium`."""
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit("compendium: interrupted; what was finished is kept")
     except Exception as error:
         if not type(error).__module__.startswith("compendium."):
             raise

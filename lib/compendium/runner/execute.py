@@ -162,7 +162,7 @@ def redact_files(folder: Path) -> None:
                     )
                 )
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #ef300329
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #3da7608e
 def run_notebook(job: Job, folder: Path) -> Failure | None:
     """Execute the notebook of `job` with papermill; figures, record and notebook go to `folder`."""
     import logging
@@ -177,11 +177,12 @@ def run_notebook(job: Job, folder: Path) -> Failure | None:
     executed = folder / "notebook.ipynb"
     source = root() / catalogue()[job.chapter].notebook
     kept = str((root() / job.folder).with_suffix(".failed") / executed.name)
-    position: dict[str, int] = {}
+    cell_number = 0  # as in the notebook's In [n]
 
     def note_progress(cell: Any, cell_index: int) -> None:
-        position["cell"] = cell_index + 1
-        (folder / "cell.txt").write_text(str(cell_index + 1))
+        nonlocal cell_number
+        cell_number += cell.cell_type == "code"
+        (folder / "cell.txt").write_text(str(cell_number))
 
     parameters = {name: getattr(job, name) for name in ("preset", "seed", "device", "overrides")}
     with (
@@ -206,13 +207,13 @@ def run_notebook(job: Job, folder: Path) -> Failure | None:
         except PapermillExecutionError as error:
             message = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)).strip()
             first = message.splitlines()[0] if message else "no message"
-            return Failure(error.cell_index + 1, redact(f"{error.ename}: {first}"), kept)
+            return Failure(cell_number, redact(f"{error.ename}: {first}"), kept)
         except DeadKernelError:
             killed = "the kernel was killed (out of memory?)"
-            return Failure(position.get("cell"), watchdog.reason or killed, kept)
+            return Failure(cell_number or None, watchdog.reason or killed, kept)
         except Exception as error:  # a chapter must fail by itself, whatever the reason
             return Failure(
-                position.get("cell"),
+                cell_number or None,
                 redact(f"{type(error).__name__}: {error}".splitlines()[0]),
                 kept,
             )
