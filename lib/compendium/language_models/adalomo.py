@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.optim import Optimizer
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #479febca
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #b525b622
 def stream_gradients(
     parameters: Iterable[Tensor], consume: Callable[[Tensor, Tensor], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
@@ -33,6 +33,8 @@ def stream_gradients(
     def take(parameter: Tensor) -> None:
         if (receive := method()) is not None:
             gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                raise RuntimeError("a gradient was taken already: is another optimizer attached?")
             receive(parameter, gradient)
 
     wanted = (parameter for parameter in parameters if parameter.requires_grad)
