@@ -59,7 +59,9 @@ def notebook(*cells: str) -> str:
                 }
                 for index, (source, tags) in enumerate(sources)
             ],
-            "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}},
+            "metadata": {
+                "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
+            },
             "nbformat": 4,
             "nbformat_minor": 5,
         }
@@ -87,7 +89,9 @@ class SmallCheckout:
 
     def environment(self, **changes: str) -> dict[str, str]:
         """The environment for a command in this checkout."""
-        return os.environ | {"COMPENDIUM_ROOT": str(self.folder), "WANDB_MODE": "disabled"} | changes
+        return (
+            os.environ | {"COMPENDIUM_ROOT": str(self.folder), "WANDB_MODE": "disabled"} | changes
+        )
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of `compendium` with `arguments`."""

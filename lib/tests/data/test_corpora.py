@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from compendium.data import corpora
 from compendium.data.registry import DataError
 

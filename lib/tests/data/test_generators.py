@@ -10,6 +10,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from compendium.data import generators
 from compendium.data.generators import (
     Grammar,
@@ -21,8 +24,6 @@ from compendium.data.generators import (
 )
 from compendium.data.registry import DataError
 from compendium.metrics.spans import spans_to_tags, tags_to_spans
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 RULES = {
     "sentence": [(2, "{org} bought {org} ."), "{city} , {date}"],

@@ -4,12 +4,13 @@ import json
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from compendium.data import loaders
 from compendium.data.loaders import LOADERS, charm_shots, load
 from compendium.data.registry import DataError, Registry, info, verify
 from compendium.metrics.spans import tags_to_spans
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def files_of(name):
@@ -139,6 +140,8 @@ def test_meaning_of_labels():
         ("What county is Modesto , California in ?", "location"),
         ("Who was Galileo ?", "human"),
         ("What is an atom ?", "description"),
+        ("What is Australia 's national flower ?", "entity"),
+        ("What is the abbreviation for Texas ?", "abbreviation"),
     }
 
 

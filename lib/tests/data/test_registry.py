@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
 from compendium.data import registry as module
 from compendium.data.registry import DataError, Registry, read_registry
 
@@ -64,6 +67,14 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(200, CONTENT[:1000])
             case "long":
                 self.answer(200, CONTENT + b"more")
+            case "slow":
+                time.sleep(0.5)
+                self.answer(200, CONTENT)
+            case "endless":
+                self.send_response(200)
+                self.end_headers()
+                for self.server.sent in range(0, 400 * len(CONTENT), len(CONTENT)):
+                    self.wfile.write(CONTENT)
             case "altered":
                 self.answer(200, CONTENT[::-1])
             case _:
@@ -101,7 +112,10 @@ def shelf(publisher, tmp_path):
 
 def left_in(cache):
     """Everything in the cache but its lock."""
-    return sorted(path.name for path in cache.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(path.name
+        for path in cache.rglob("*")
+        if path.name != ".lock" and (path.is_symlink() or not path.is_dir())
+    )
 
 
 def test_fetch_downloads_once_and_verifies(shelf, publisher):
@@ -265,16 +279,20 @@ def test_cache_that_cannot_be_written(shelf, tmp_path):
     assert "cannot be written to" in str(error.value) and "COMPENDIUM_DATA" in str(error.value)
 
 
-def test_two_processes_download_once(shelf, publisher, tmp_path):
-    registry = shelf("good")
-    program = (
-        "import sys; from compendium.data.registry import Registry;"
-        "print(Registry(sys.argv[1], sys.argv[2]).fetch('toy', progress=False)['good.bin'].stat().st_size)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "registry.csv"), str(registry.root)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [process.communicate()[0].strip() for process in running] == [str(len(CONTENT))] * 2
+def test_two_readers_at_once_download_once(shelf, publisher):
+    registry = shelf("slow")
+    with ThreadPoolExecutor(2) as pool:
+        fetched = [pool.submit(registry.fetch, "toy", progress=False) for _ in range(2)]
+    assert [f.result()["slow.bin"].read_bytes() == CONTENT for f in fetched] == [True, True]
     assert len(publisher.asked) == 1
+
+
+def test_endless_answer_is_cut_off(shelf, publisher):
+    registry = shelf("endless")
+    with pytest.raises(DataError, match="the server sent more bytes instead of 262,144"):
+        registry.fetch("toy", progress=False)
+    assert left_in(registry.root) == []
+    assert publisher.sent < 100 * len(CONTENT)
 
 
 def test_unknown_names():

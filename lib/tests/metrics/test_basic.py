@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from compendium.metrics.basic import accuracy, pearson, spearman
 from scipy import stats
 from sklearn.metrics import accuracy_score
+
+from compendium.metrics.basic import accuracy, pearson, spearman
 
 
 def test_accuracy_equals_sklearn():

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from compendium.metrics.bootstrap import paired_interval, resample_weights
 
 

@@ -6,6 +6,9 @@ import warnings
 import numpy as np
 import pytest
 import seqeval.metrics as seqeval
+from hypothesis import given
+from hypothesis import strategies as st
+
 from compendium.metrics.spans import (
     SCHEMES,
     Span,
@@ -17,8 +20,6 @@ from compendium.metrics.spans import (
     spans_to_tags,
     tags_to_spans,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 TYPES = ["PER", "LOC", "A-B"]
 

@@ -5,6 +5,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchcrf import CRF as PytorchCRF
+
 from compendium.models.crf import (
     LinearChainCRF,
     TagConstraints,
@@ -13,9 +17,6 @@ from compendium.models.crf import (
     steps_to_reach_all,
     tag_constraints,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torchcrf import CRF as PytorchCRF
 
 BIO = ["O", "B-X", "I-X", "B-Y", "I-Y"]
 BMES = ["B", "M", "E", "S"]

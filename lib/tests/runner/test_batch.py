@@ -15,7 +15,10 @@ SECRET = "sk-3f9a1c77e5b2d8040a6e"
 
 def records(checkout) -> dict[str, float]:
     """Chapter -> modification time of its run's record."""
-    return {run.name.partition("-")[0]: (run / "record.json").stat().st_mtime_ns for run in checkout.runs()}
+    return {
+        run.name.partition("-")[0]: (run / "record.json").stat().st_mtime_ns
+        for run in checkout.runs()
+    }
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -46,7 +49,9 @@ def test_results_repeat_to_the_last_bit_and_are_made_once(small_checkout):
 
     # The prose may change without a repetition; so may the file's time.
     cells = json.loads(notebook.read_text())
-    cells["cells"].insert(0, {"cell_type": "markdown", "id": "prose", "metadata": {}, "source": "Prose."})
+    cells["cells"].insert(
+        0, {"cell_type": "markdown", "id": "prose", "metadata": {}, "source": "Prose."}
+    )
     notebook.write_text(json.dumps(cells))
     second = small_checkout.compendium("run", "flat")
     assert "up to date" in second.stdout
@@ -58,8 +63,12 @@ def test_results_repeat_to_the_last_bit_and_are_made_once(small_checkout):
     assert records(small_checkout) != made
     assert "same as committed" in forced.stdout
     again = json.loads((small_checkout.runs()[0] / "record.json").read_text())
-    assert [run["metrics"] for run in again["arms"]["more"]] == [run["metrics"] for run in before["arms"]["more"]]
-    assert json.loads(report.read_text()) == before, "equal results must leave the committed report alone"
+    assert [run["metrics"] for run in again["arms"]["more"]] == [
+        run["metrics"] for run in before["arms"]["more"]
+    ]
+    assert json.loads(report.read_text()) == before, (
+        "equal results must leave the committed report alone"
+    )
 
 
 def test_every_kind_of_failure_is_named_and_the_others_finish(small_checkout):
@@ -128,7 +137,9 @@ def test_interrupt_ends_everything_below(small_checkout):
 def test_secrets_reach_no_file(small_checkout):
     small_checkout.write("flat", "import os; print(os.environ['WANDB_API_KEY'])")
     small_checkout.write("udr", "import os; raise ValueError(os.environ['HF_TOKEN'])")
-    answer = small_checkout.compendium("run", WANDB_API_KEY=SECRET, HF_TOKEN=SECRET, WANDB_MODE="offline")
+    answer = small_checkout.compendium(
+        "run", WANDB_API_KEY=SECRET, HF_TOKEN=SECRET, WANDB_MODE="offline"
+    )
     assert answer.returncode == 1
     assert "ValueError: [secret]" in answer.stdout
     assert SECRET not in answer.stdout + answer.stderr

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import IterableDataset
+from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
+
 from compendium.training.loop import (
     ShuffledBatches,
     StepPlan,
@@ -23,10 +28,6 @@ from compendium.training.loop import (
     step_loader,
     train,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import IterableDataset
-from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
 
 class Pairs(torch.utils.data.Dataset):
