@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_infilling_replaces_each_span_by_one_mask():
         for token in shown:  # what is shown is the block with gaps at the masks
             pieces.append(token)
         masks = [index for index, token in enumerate(pieces) if token == tokenizer.mask_token_id]
-        assert masks and all(b - a > 1 for a, b in zip(masks, masks[1:], strict=False))
+        assert masks and all(b - a > 1 for a, b in pairwise(masks))
         iterator = iter(rest)
         assert all(token in iterator for token in pieces if token != tokenizer.mask_token_id)
         hidden.append(1 - (len(pieces) - len(masks)) / len(block))
