@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ACCUMULATION', 'stream_gradients', 'local', 'sum_over_shards', 'averaged', 'working_dtype', 'parameters_of',
-           'zeros_without', 'PreciseOptimizer', 'check_state', 'BackwardOptimizer', 'rate_of', 'apply_gradient',
+           'zeros_without', 'check_state', 'PreciseOptimizer', 'BackwardOptimizer', 'rate_of', 'apply_gradient',
            'squared_norm', 'streamed_norm', 'clipping', 'FusedOptimizer', 'check_options', 'Lomo', 'decay',
            'accumulate_', 'inverse_roots', 'root_mean_square', 'normalized_update', 'move_', 'AdaLomo', 'state_bytes',
            'memory_model', 'workspace_bytes', 'GradientMeter']
@@ -104,13 +104,32 @@ def zeros_without(parameter: Tensor, dimension: int | None) -> Tensor:
     mesh = parameter.device_mesh
     return zeros(*shape, dtype=kind, device_mesh=mesh, placements=placements)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #a54760cc
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #b5bbdb7e
+def check_state(name: str, value: Tensor, parameter: Tensor, layout: dict) -> None:
+    """Raise `ValueError` unless `layout` has a state `name` of the shape of `value`."""
+    shape = list(parameter.shape)
+    if layout.get(name) is not None:
+        del shape[layout[name]]
+    if name not in layout or shape != list(value.shape):
+        raise ValueError(
+            f"the saved state {name!r} of shape {tuple(value.shape)} does not fit a weight of shape "
+            f"{tuple(parameter.shape)}: it comes from another optimizer or another model"
+        )
+
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #cc5a3c3c
 class PreciseOptimizer(Optimizer):
     """The part of `FusedOptimizer` that keeps the state; use that one."""
 
+    clip_grad_norm: float | None = None
+    loss_scale: float = 1.0
+
     def __init__(self, params: nn.Module | Iterable, defaults: dict[str, Any]) -> None:
-        self._group_of: dict[int, dict[str, Any]] = {}
+        self._forget()
         super().__init__(params.parameters() if isinstance(params, nn.Module) else params, defaults)
+
+    def _forget(self) -> None:
+        self._handles, self._updated, self._group_of = [], set(), {}
+        self._process_group = self._gradient_scale = self._rate = None
 
     def state_layout(self, parameter: Tensor) -> dict[str, int | None]:
         """The state tensors of `parameter`: name -> the dimension it lacks (None: none)."""
@@ -123,7 +142,13 @@ class PreciseOptimizer(Optimizer):
             self._group_of = {id(p): group for group in groups for p in group["params"]}
         return self._group_of[id(parameter)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"clip_grad_norm": self.clip_grad_norm, "loss_scale": self.loss_scale}
+        return super().__getstate__() | kept
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_handles" not in self.__dict__:  # a copy: it is not attached
+            self._forget()
         super().__setstate__(state)
         self._group_of = {}  # loading a state dict replaces the groups
 
@@ -140,25 +165,13 @@ class PreciseOptimizer(Optimizer):
                     check_state(name, value, p, self.state_layout(p))
                     self.state[p][name] = value.to(p.device, working_dtype(p), copy=True)
 
-
-def check_state(name: str, value: Tensor, parameter: Tensor, layout: dict) -> None:
-    """Raise `ValueError` unless `layout` has a state `name` of the shape of `value`."""
-    shape = list(parameter.shape)
-    if layout.get(name) is not None:
-        del shape[layout[name]]
-    if name not in layout or shape != list(value.shape):
-        raise ValueError(
-            f"the saved state {name!r} of shape {tuple(value.shape)} does not fit a weight of shape "
-            f"{tuple(parameter.shape)}: it comes from another optimizer or another model"
-        )
-
 # %% ../../../nbs/08_language_models/01_adalomo.ipynb #84aba3f6
 ACCUMULATION = (
     "a second gradient came for a weight that this step has updated already: gradients cannot be "
     "accumulated in fused mode; call step() after each backward pass, or detach() and use step() alone"
 )
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #8a4c81fb
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #5e060396
 class BackwardOptimizer(PreciseOptimizer):
     """The half of `FusedOptimizer` that listens to backward passes; use that one."""
 
@@ -175,8 +188,6 @@ class BackwardOptimizer(PreciseOptimizer):
                 f"{clip_grad_norm} and {loss_scale}"
             )
         self.clip_grad_norm, self.loss_scale = clip_grad_norm, loss_scale
-        self._handles, self._updated = [], set()
-        self._process_group = self._gradient_scale = self._rate = None
         super().__init__(params, defaults)
 
     def attach(self, process_group: Any = None) -> "BackwardOptimizer":
@@ -235,10 +246,11 @@ def apply_gradient(optimizer: "FusedOptimizer", parameter: Tensor, gradient: Ten
     if weight is not target:
         target.copy_(weight)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #3be681c4
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #baea8d7f
 def squared_norm(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The squared norm of one gradient, a scalar tensor; a sharded gradient counts as a whole."""
-    return sum_over_shards(vector_norm(local(gradient), dtype=torch.float32).square(), parameter)
+    norm = vector_norm(local(gradient), dtype=working_dtype(gradient))
+    return sum_over_shards(norm.square(), parameter)
 
 
 def streamed_norm(loss: Tensor, parameters: Iterable[Tensor], process_group: Any = None) -> Tensor:
@@ -540,34 +552,26 @@ def workspace_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
     copies = 2 * (parameter.dtype != kind) + isinstance(optimizer, AdaLomo)
     return copies * parameter.numel() * kind.itemsize
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #bcc96384
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #f274a3b4
 class GradientMeter:
     """Measures the bytes of gradients that are alive together: `with GradientMeter(model) as meter`.
 
-    Enter it after the optimizer was attached. `meter.peak_bytes` is the largest sum seen.
-    A tied weight's partial sums, which autograd holds until the last use, are not seen.
+    `meter.peak_bytes` is the largest sum of the arriving gradient and those kept in `.grad`. A tied
+    weight's partial sums, which autograd holds until the weight's last use, are not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.alive: dict[int, int] = {}
         self.peak_bytes = 0
 
     def __enter__(self) -> "GradientMeter":
-        self.handles = []
-        for p in self.parameters:
-            self.handles.append(p.register_hook(lambda gradient, p=p: self._arrived(p, gradient)))
-            self.handles.append(p.register_post_accumulate_grad_hook(self._left))
+        self.handles = [p.register_hook(self._arrived) for p in self.parameters]
         return self
 
     def __exit__(self, *problem: Any) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _arrived(self, parameter: Tensor, gradient: Tensor) -> None:
-        self.alive[id(parameter)] = local(gradient).nbytes
-        self.peak_bytes = max(self.peak_bytes, sum(self.alive.values()))
-
-    def _left(self, parameter: Tensor) -> None:
-        if parameter.grad is None:
-            del self.alive[id(parameter)]
+    def _arrived(self, gradient: Tensor) -> None:
+        kept = (local(p.grad).nbytes for p in self.parameters if p.grad is not None)
+        self.peak_bytes = max(self.peak_bytes, local(gradient).nbytes + sum(kept))
