@@ -5,8 +5,9 @@ import time
 
 import pytest
 import torch
-from compendium.models.crf import LinearChainCRF
 from torchcrf import CRF as PytorchCRF
+
+from compendium.models.crf import LinearChainCRF
 
 
 def seconds(function, repeats):

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from compendium.chinese.flat import FlatConfig, FlatForTokenClassification, FlatLatticeCollator
 from compendium.experiment.reproducible import measured, peak_memory, reset_peak_memory
 

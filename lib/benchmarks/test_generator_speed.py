@@ -4,6 +4,8 @@ import random
 import time
 
 import pytest
+from faker import Faker
+
 from compendium.data import generators
 from compendium.data.generators import (
     ENGLISH_RULES,
@@ -12,7 +14,6 @@ from compendium.data.generators import (
     parse_production,
     word_list,
 )
-from faker import Faker
 
 FLOOR = 20_000  # tokens a second on one core
 

@@ -3,8 +3,9 @@
 import time
 
 import torch
-from compendium.training.loop import TrainingConfig, train
 from transformers import BertConfig, BertForMaskedLM, get_scheduler
+
+from compendium.training.loop import TrainingConfig, train
 
 NUM_STEPS, BATCH = 40, 8
 

@@ -162,12 +162,14 @@ def redact_files(folder: Path) -> None:
                     )
                 )
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #3da7608e
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #2fe405b3
 def run_notebook(job: Job, folder: Path) -> Failure | None:
     """Execute the notebook of `job` with papermill; figures, record and notebook go to `folder`."""
     import logging
     import tempfile
 
+    # jsonschema's optional URI formats compile a grammar for a second on import; notebooks have none.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
