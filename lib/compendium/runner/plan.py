@@ -72,7 +72,7 @@ def library_hashes(sources: Iterable[str]) -> dict[str, str]:
         waiting |= imports - hashes.keys()
     return {path.relative_to(PACKAGE).as_posix(): hashes[path] for path in sorted(hashes)}
 
-# %% ../../../nbs/00_foundations/runner_plan.ipynb #74c5e282
+# %% ../../../nbs/00_foundations/runner_plan.ipynb #eee5d65c
 TIME_LIMITS: Mapping[str, int | None] = {
     "smoke": 300,
     "mini": 900,
@@ -86,6 +86,7 @@ class Job:
     """One chapter to execute. `time_limit` in seconds (None: none); `zoo` names what must be built first.
 
     `device` is what the notebook gets as its parameter; `gpus` (0 or 1) is what the batch reserves.
+    The results of a `canonical` job (seed 0, nothing overridden, not `smoke`) go into `reports/`.
     """
 
     chapter: str
@@ -131,7 +132,7 @@ def default_device(preset: str) -> str:
     """`cpu` for the presets that fit on any machine, else `cuda` where there is a GPU."""
     return "cuda" if preset in ("benchmark", "paper") and count_gpus() else "cpu"
 
-# %% ../../../nbs/00_foundations/runner_plan.ipynb #890646c0
+# %% ../../../nbs/00_foundations/runner_plan.ipynb #1c84e9d4
 def _metadata(notebook: Path) -> dict[str, Any]:
     return json.loads(notebook.read_text(encoding="utf-8"))["metadata"].get("compendium", {})
 
@@ -185,7 +186,7 @@ def plan_job(
         zoo=tuple(_metadata(notebook).get("zoo", ())),
         gpus=int(settings["device"].startswith("cuda")),
         time_limit=time_limit or TIME_LIMITS[preset],
-        canonical=seed == 0 and not overrides,
+        canonical=preset != "smoke" and seed == 0 and not overrides,
     )
 
 # %% ../../../nbs/00_foundations/runner_plan.ipynb #863ae24d
