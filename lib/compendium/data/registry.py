@@ -268,15 +268,14 @@ class Registry:
             _download(self.root, missing, progress)
         return paths
 
-# %% ../../../nbs/00_foundations/data_registry.ipynb #0db967a1
+# %% ../../../nbs/00_foundations/data_registry.ipynb #b25c32da
 def _download(root: Path, missing: list[DataFile], show_progress: bool) -> None:
     import filelock
 
     try:
         root.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(root / ".lock"):
-            absent = [file for file in missing if file_problem(root / file.path, file)]
-            _download_locked(root, absent, show_progress)
+            _download_locked(root, missing, show_progress)
     except OSError as error:
         for file in missing:
             _remove_quietly(root / ".partial" / file.sha256)

@@ -112,7 +112,8 @@ def shelf(publisher, tmp_path):
 
 def left_in(cache):
     """Everything in the cache but its lock."""
-    return sorted(path.name
+    return sorted(
+        path.name
         for path in cache.rglob("*")
         if path.name != ".lock" and (path.is_symlink() or not path.is_dir())
     )
