@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from .corpora import jieba_lexicon
 from .loaders import entity_features
 from .registry import DataError

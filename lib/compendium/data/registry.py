@@ -4,12 +4,12 @@
 __all__ = ['FIELDS', 'ATTEMPTS', 'DataError', 'DataFile', 'DatasetInfo', 'read_registry', 'cache_root', 'file_problem',
            'Registry', 'default_registry', 'datasets_available', 'info', 'fetch', 'verify']
 
-# %% ../../../nbs/00_foundations/data_registry.ipynb #1179e61b
+# %% ../../../nbs/00_foundations/data_registry.ipynb #2ea7112a
 import csv
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -216,12 +216,20 @@ class _ResumingDownloader:
     def _show(self, total: int) -> None:
         self.progress.update(total - self.progress.n)
 
-# %% ../../../nbs/00_foundations/data_registry.ipynb #b4587e46
+# %% ../../../nbs/00_foundations/data_registry.ipynb #e4d8a22a
+def _selected(dataset: DatasetInfo, only: Collection[str] | None) -> list[DataFile]:
+    known = {file.name: file for file in dataset.files}
+    for name in only if only is not None else ():
+        if name not in known:
+            raise DataError(unknown(f"file of {dataset.name}", name, known))
+    return [known[name] for name in (known if only is None else only)]
+
+# %% ../../../nbs/00_foundations/data_registry.ipynb #f0d709c6
 class Registry:
     """The data sets of a registry file, and the cache folder that holds (some of) their files.
 
     Args:
-        path: a CSV file with the columns `FIELDS`; default: the one that comes with the package.
+        path: a CSV file with the columns `FIELDS`; default: the package's own.
         root: the cache folder; default: `cache_root()`, asked anew at every use.
     """
 
@@ -247,26 +255,19 @@ class Registry:
         return {file.name: file_problem(self.root / file.path, file) for file in self[name].files}
 
     def fetch(
-        self, name: str, only: Iterable[str] | None = None, *, progress: bool = True
+        self, name: str, only: Collection[str] | None = None, *, progress: bool = True
     ) -> dict[str, Path]:
         """Paths of the files of data set `name`, downloaded if they are not in the cache.
 
-        Args:
-            only: names inside the data set (`DataFile.name`); default: all of them.
-            progress: show a progress bar while bytes arrive.
+        Args: `only`, names inside the data set, default all; `progress`, show a progress bar.
         Returns: name inside the data set -> path of a file with the registered checksum.
         Raises: `DataError` with one sentence when that is not possible.
         """
-        known = {file.name: file for file in self[name].files}
-        wanted = list(known if only is None else only)
-        for part in wanted:
-            if part not in known:
-                raise DataError(unknown(f"file of {name}", part, known))
-        paths = {part: self.root / known[part].path for part in wanted}
-        missing = [known[part] for part in wanted if file_problem(paths[part], known[part])]
+        wanted = _selected(self[name], only)
+        missing = [file for file in wanted if file_problem(self.root / file.path, file)]
         if missing:
             _download(self.root, missing, progress)
-        return paths
+        return {file.name: self.root / file.path for file in wanted}
 
 # %% ../../../nbs/00_foundations/data_registry.ipynb #b25c32da
 def _download(root: Path, missing: list[DataFile], show_progress: bool) -> None:
@@ -331,7 +332,7 @@ def _remove_empty_folders(root: Path, *folders: Path) -> None:
             folder.rmdir()
             folder = folder.parent
 
-# %% ../../../nbs/00_foundations/data_registry.ipynb #5bff72dc
+# %% ../../../nbs/00_foundations/data_registry.ipynb #217d8e87
 @lru_cache(maxsize=1)
 def default_registry() -> Registry:
     """The registry that comes with the package, over the cache of this machine."""
@@ -349,7 +350,7 @@ def info(name: str) -> DatasetInfo:
 
 
 def fetch(
-    name: str, only: Iterable[str] | None = None, *, progress: bool = True
+    name: str, only: Collection[str] | None = None, *, progress: bool = True
 ) -> dict[str, Path]:
     """Paths of the files of data set `name`; see `Registry.fetch`."""
     return default_registry().fetch(name, only, progress=progress)
