@@ -7,13 +7,14 @@ __all__ = ['unknown']
 import difflib
 from collections.abc import Iterable
 
-# %% ../../nbs/00_foundations/hints.ipynb #61fd19d4
+# %% ../../nbs/00_foundations/hints.ipynb #f3967000
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """One sentence about the `name` of a `kind` that is not among the `known` names.
 
     The nearest known name is offered when one is near; otherwise all of them are listed.
     """
-    names = sorted(known)
+    known = sorted(known)
+    names = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names) or 'none'}"
+    hint = f"did you mean {names[near[0]]!r}?" if near else f"known: {', '.join(known) or 'none'}"
     return f"{kind} {name!r} is unknown; {hint}"
