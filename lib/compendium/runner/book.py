@@ -94,7 +94,7 @@ def exported_modules() -> list[str]:
     )
     return [".".join(path.with_suffix("").parts) for path in paths]
 
-# %% ../../../nbs/00_foundations/runner_book.ipynb #01d3effb
+# %% ../../../nbs/00_foundations/runner_book.ipynb #7b85378b
 CONFIGURATION = """
 import sys
 from compendium.runner.book import setup_math as setup
@@ -104,7 +104,7 @@ author = "The compendium authors"
 html_title = "The compendium"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "sphinx_book_theme"
-html_theme_options = {"home_page_in_toc": True, "show_navbar_depth": 1, "use_download_button": False}
+html_theme_options = {"home_page_in_toc": True, "navbar_persistent": [], "show_navbar_depth": 1, "use_download_button": False}
 html_math_renderer = "mathml"
 html_copy_source = False
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
