@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Show', 'Result', 'finished', 'result_of', 'progress_of', 'snakemake_command', 'BatchError', 'run_batch']
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #6400a75c
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #09ac9489
 import contextlib
 import ctypes
 import json
@@ -21,7 +21,7 @@ from typing import Literal
 from ..catalogue import root
 from ..experiment.record import Record, RecordError, load_record, write_atomically
 from .execute import Failure, locked
-from .plan import Job, count_gpus
+from .plan import Job, visible_gpus
 
 # %% ../../../nbs/00_foundations/runner_batch.ipynb #162b145a
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def progress_of(job: Job) -> str:
             notes.append(form.format((parts[-1] / name).read_text()))
     return ", ".join(notes) or "starts"
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #4ab95ad8
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #9d8f91b3
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -107,7 +107,7 @@ def snakemake_command(
         "--cores",
         str(cores),
         "--resources",
-        f"gpu={count_gpus()}",
+        f"gpu={len(visible_gpus()) or 1}",
         "--config",
         f"plan={plan}",
     ]
@@ -125,11 +125,20 @@ def snakemake_command(
 
 @contextlib.contextmanager
 def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+    folders = {
+        name: os.environ[name]
+        for name in ("COMPENDIUM_DATA", "COMPENDIUM_ZOO")
+        if os.environ.get(name)
+    }
+    absolute = {
+        name: os.path.abspath(folder) for name, folder in folders.items()
+    }  # jobs run elsewhere
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=output,
+            env=os.environ | absolute,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# %% ../../../nbs/00_foundations/runner_doctor.ipynb #5b2b4035
+# %% ../../../nbs/00_foundations/runner_doctor.ipynb #60563cfc
 Finding = tuple[bool, str]
 
 
@@ -30,12 +30,13 @@ def check_torch() -> Finding:
 
 def check_gpu() -> Finding:
     import torch
-    from compendium.runner.plan import count_gpus
+
+    from compendium.runner.plan import visible_gpus
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return True, ", ".join(names)
-    if count_gpus():
+    if visible_gpus():
         return (
             False,
             "the driver shows a GPU but torch cannot use it; install a CUDA build of torch",

@@ -4,7 +4,7 @@
 __all__ = ['SECRET_NAME', 'Failure', 'kernel_environment', 'locked', 'reserved_gpu', 'Watchdog', 'secrets', 'redact',
            'redact_files', 'run_notebook', 'execute', 'main']
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #b2e84aec
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #47e8fab7
 import contextlib
 import fcntl
 import json
@@ -22,7 +22,7 @@ from typing import Any
 
 from ..catalogue import catalogue, root
 from ..experiment.record import RecordError, load_record, write_atomically
-from .plan import Job, count_gpus
+from .plan import Job, visible_gpus
 
 # %% ../../../nbs/00_foundations/runner_execute.ipynb #1cfdfc54
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def kernel_environment(job: Job, folder: Path) -> dict[str, str]:
         }
     return environment
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #a4edfcb8
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #712c2b33
 @contextlib.contextmanager
 def locked(path: Path, wait: float = 60.0) -> Iterator[bool]:
     """Hold an exclusive lock on the file at `path`; yields whether it was had within `wait` seconds."""
@@ -81,15 +81,16 @@ def locked(path: Path, wait: float = 60.0) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def reserved_gpu(job: Job) -> Iterator[dict[str, str]]:
-    """The environment that shows a GPU job one free GPU; empty for other jobs and on a cluster."""
-    if not job.gpus or os.environ.get("CUDA_VISIBLE_DEVICES") or not count_gpus():
+    """The environment that shows a GPU job one free GPU; empty for other jobs."""
+    gpus = visible_gpus() if job.gpus else []
+    if not gpus:
         yield {}
         return
     while True:
-        for gpu in range(count_gpus()):
+        for gpu in gpus:
             with locked(root() / ".compendium" / f"gpu-{gpu}.lock", wait=0) as free:
                 if free:
-                    yield {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                    yield {"CUDA_VISIBLE_DEVICES": gpu}
                     return
         time.sleep(1)
 

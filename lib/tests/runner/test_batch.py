@@ -242,3 +242,11 @@ def test_a_damaged_committed_record_is_one_sentence(small_checkout):
     assert answer.returncode == 2
     assert "is damaged" in answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
+
+
+def test_folders_named_relative_to_the_caller_reach_the_chapter(small_checkout):
+    cell = "import os; assert os.path.isdir(os.environ['COMPENDIUM_DATA']), os.environ['COMPENDIUM_DATA']"
+    small_checkout.write("flat", cell)
+    (small_checkout.folder / "here").mkdir()
+    answer = small_checkout.compendium("run", "flat", "--preset", "smoke", COMPENDIUM_DATA="here")
+    assert answer.returncode == 0, answer.stdout
