@@ -166,8 +166,8 @@ def test_the_lock_pins_everything_that_is_declared(checkout):
             assert equals and version, f"{line!r} is not an exact pin"
             pinned[re.sub(r"[-_.]+", "-", name).lower()] = version
     project = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    for requirement in wanted:
+    extras = project["optional-dependencies"].values()
+    for requirement in [*project["dependencies"], *(line for extra in extras for line in extra)]:
         name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
         assert name in pinned, f"{name} is declared but not locked; run: make lock"
     assert pinned["torch"] == "2.13.0"
