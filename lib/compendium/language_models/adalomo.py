@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['ACCUMULATION', 'TWO_PASSES', 'stream_gradients', 'local', 'sum_over_shards', 'averaged', 'working_dtype',
-           'parameters_of', 'zeros_without', 'restore', 'PreciseOptimizer', 'BackwardOptimizer', 'rate_of',
-           'apply_gradient', 'squared_norm', 'streamed_norm', 'clipping', 'stepped_scale', 'fused_scale',
-           'FusedOptimizer', 'check_options', 'Lomo', 'decay', 'accumulate_', 'inverse_roots', 'root_mean_square',
-           'normalized_update', 'move_', 'factored_layout', 'AdaLomo', 'state_bytes', 'memory_model', 'workspace_bytes',
-           'GradientMeter']
+           'parameters_of', 'zeros_without', 'fresh_state', 'group_of', 'restore', 'PreciseOptimizer',
+           'BackwardOptimizer', 'rate_of', 'apply_gradient', 'squared_norm', 'streamed_norm', 'clipping',
+           'stepped_scale', 'fused_scale', 'FusedOptimizer', 'check_options', 'Lomo', 'decay', 'accumulate_',
+           'inverse_roots', 'root_mean_square', 'normalized_update', 'move_', 'factored_layout', 'AdaLomo',
+           'state_bytes', 'memory_model', 'workspace_bytes', 'GradientMeter']
 
 # %% ../../../nbs/08_language_models/01_adalomo.ipynb #5c93a276
 import weakref
@@ -78,7 +78,7 @@ def averaged(gradient: Tensor, process_group: Any = None) -> Tensor:
         )
     return gradient
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #71b7607b
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #dc226576
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 weights, else float32: the precision of the arithmetic and of the state."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -105,7 +105,20 @@ def zeros_without(parameter: Tensor, dimension: int | None) -> Tensor:
     mesh = parameter.device_mesh
     return zeros(*shape, dtype=kind, device_mesh=mesh, placements=placements)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #6ada66b3
+
+def fresh_state(parameter: Tensor, layout: dict[str, int | None]) -> dict[str, Any]:
+    """The state before the first step: `step` 0 and zeros for each name in `layout`."""
+    return {"step": 0} | {name: zeros_without(parameter, lacks) for name, lacks in layout.items()}
+
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #8dea0142
+def group_of(optimizer: "FusedOptimizer", parameter: Tensor) -> dict[str, Any]:
+    """The parameter group of `optimizer`, with its options, that `parameter` belongs to."""
+    known = optimizer._group_of
+    if id(parameter) not in known:
+        known.update({id(p): group for group in optimizer.param_groups for p in group["params"]})
+    return known[id(parameter)]
+
+
 def restore(parameter: Tensor, saved: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     """The `saved` state of a weight in the state's own precision, on the weight's device.
 
@@ -123,7 +136,7 @@ def restore(parameter: Tensor, saved: dict[str, Any], layout: dict[str, Any]) ->
             state[name] = value.to(parameter.device, working_dtype(parameter), copy=True)
     return state
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #22e9dc5f
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #19ff22f7
 class PreciseOptimizer(Optimizer):
     """The part of `FusedOptimizer` that keeps the state; use that one."""
 
@@ -145,12 +158,6 @@ class PreciseOptimizer(Optimizer):
     def state_layout(self, parameter: Tensor) -> dict[str, int | None]:
         """State tensors of `parameter`: name -> the dimension it lacks (None: none)."""
         return {}
-
-    def group_of(self, parameter: Tensor) -> dict[str, Any]:
-        """The parameter group, with its options, that `parameter` belongs to."""
-        if id(parameter) not in self._group_of:
-            self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        return self._group_of[id(parameter)]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
@@ -178,7 +185,7 @@ ACCUMULATION = (
 )
 TWO_PASSES = "clip_grad_norm takes two backward passes: call fused_backward(loss)"
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #b473c996
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #6998daff
 class BackwardOptimizer(PreciseOptimizer):
     """The half of `FusedOptimizer` that listens to backward passes; use that one."""
 
@@ -200,6 +207,12 @@ class BackwardOptimizer(PreciseOptimizer):
         self._handles, self._process_group = [], None
         self._updated.clear()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters as in torch; an attached optimizer attaches to them too."""
+        super().add_param_group(param_group)
+        if self._handles:
+            self.attach(self._process_group)
+
     @torch.no_grad()
     def _consume(self, parameter: Tensor, gradient: Tensor) -> None:
         if id(parameter) in self._updated:
@@ -209,7 +222,7 @@ class BackwardOptimizer(PreciseOptimizer):
         self._updated.add(id(parameter))
         apply_gradient(self, parameter, averaged(gradient, self._process_group))
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #118389f5
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #f5b3d2eb
 def rate_of(optimizer: "FusedOptimizer", group: dict[str, Any]) -> float:
     """The learning rate of `group` in this step of `optimizer`."""
     given, first = optimizer._rate, optimizer.param_groups[0]["lr"]
@@ -225,7 +238,7 @@ def apply_gradient(optimizer: "FusedOptimizer", parameter: Tensor, gradient: Ten
     """
     if gradient.layout != torch.strided or gradient.is_complex():
         raise TypeError(f"gradients must be dense and real, not {gradient.layout} {gradient.dtype}")
-    group = optimizer.group_of(parameter)
+    group = group_of(optimizer, parameter)
     target = local(parameter)
     weight, gradient = (x.to(working_dtype(target)) for x in (target, local(gradient)))
     if optimizer._gradient_scale is not None:
@@ -460,7 +473,7 @@ def factored_layout(parameter: Tensor, factored: bool = True) -> dict[str, int |
         return {"variance": None}
     return {"row": last, "column": last - 1}
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #326a197b
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #0a2e0de9
 class AdaLomo(FusedOptimizer):
     r"""Adafactor's update inside the backward pass (Algorithm 1 as the authors' code has it).
 
@@ -495,7 +508,7 @@ class AdaLomo(FusedOptimizer):
 
     def state_layout(self, parameter: Tensor) -> dict[str, int | None]:
         """`row` and `column` for a matrix, else `variance`."""
-        return factored_layout(parameter, self.group_of(parameter)["factored"])
+        return factored_layout(parameter, group_of(self, parameter)["factored"])
 
     def update(
         self, weight: Tensor, gradient: Tensor, parameter: Tensor, group: dict, rate: float
@@ -503,8 +516,7 @@ class AdaLomo(FusedOptimizer):
         """One step of the rule above, see `FusedOptimizer.update`."""
         state = self.state[parameter]
         if not state:
-            layout = self.state_layout(parameter).items()
-            state |= {"step": 0} | {name: zeros_without(parameter, lacks) for name, lacks in layout}
+            state |= fresh_state(parameter, self.state_layout(parameter))
         move_(weight, normalized_update(gradient, state, parameter, group), parameter, group, rate)
 
 # %% ../../../nbs/08_language_models/01_adalomo.ipynb #a1b60dfc

@@ -341,6 +341,13 @@ def test_groups_have_their_own_options():
     assert_same(model.parameters(), other.parameters())
 
 
+def test_a_group_can_be_added_to_an_attached_optimizer():
+    model, other = network(), network()
+    optimizer = AdaLomo(model[3].parameters(), lr=0.05).attach()
+    optimizer.add_param_group({"params": [*model[0].parameters(), *model[2].parameters()]})
+    assert_same(train(model, optimizer), train(other, AdaLomo(other, lr=0.05)))
+
+
 def test_a_given_rate_keeps_the_groups_in_proportion():
     models = network(), network()
     for model, given in zip(models, (True, False), strict=True):
@@ -403,6 +410,16 @@ def test_loading_the_state_keeps_the_optimizer_attached():
     before = model[0].weight.detach().clone()
     train(model, optimizer, num_steps=2)
     assert torch.equal(model[0].weight, before)  # the new groups' rate counts
+
+
+def test_a_loaded_state_is_a_copy():
+    model = network()
+    first, second = AdaLomo(model, lr=0.05), AdaLomo(model, lr=0.05)
+    train(model, first)
+    second.load_state_dict(first.state_dict())
+    kept = first.state[model[0].weight]["row"].clone()
+    train(model, second)
+    assert torch.equal(first.state[model[0].weight]["row"], kept)
 
 
 def test_a_closure_is_called():
@@ -507,6 +524,7 @@ def test_memory_of_a_large_model_is_counted_without_it():
     counts = memory_model(model, AdaLomo(model))
     assert counts["parameters"] == counts["gradients"] == 2 * 5 * 10**9
     assert counts["state"] == 4 * 150_000
+    assert counts["workspace"] == 3 * 4 * 5 * 10**9  # 32 bits: gradient, weight, update
     assert state_bytes(model.weight, torch.optim.AdamW(model.parameters())) == 2 * 10**10 + 4
 
 
