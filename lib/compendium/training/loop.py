@@ -5,8 +5,8 @@ __all__ = ['SCHEDULES', 'TrainingError', 'TrainingConfig', 'check_config', 'chec
            'ShuffledBatches', 'batched', 'StreamedBatches', 'StepData', 'unchanged', 'step_loader', 'count_labels',
            'parameter_groups', 'build_optimizer', 'build_schedule', 'start_accelerator', 'precision_context',
            'model_loss', 'check_fused', 'reweighted', 'clip_gradients', 'Updater', 'LossLog', 'BestWeights',
-           'evaluated', 'TrainingResult', 'count_steps', 'updates', 'evaluation_interval', 'Run', 'training_loop',
-           'train']
+           'evaluated', 'TrainingResult', 'count_steps', 'updates', 'evaluation_interval', 'Run', 'finish',
+           'training_loop', 'train']
 
 # %% ../../../nbs/00_foundations/training_loop.ipynb #6f60a41d
 import math
@@ -538,7 +538,7 @@ def evaluation_interval(config: TrainingConfig, steps_in_epoch: int | None, num_
         return steps_in_epoch or num_steps
     return config.evaluate_every
 
-# %% ../../../nbs/00_foundations/training_loop.ipynb #5ebcb8f0
+# %% ../../../nbs/00_foundations/training_loop.ipynb #bed3a4b3
 class Run:
     "The books of one training run."
 
@@ -572,23 +572,25 @@ class Run:
         self.evaluation_seconds += time.perf_counter() - start
         return self.best.exhausted
 
-    def finish(self, seconds: float, parameters: list[torch.Tensor]) -> TrainingResult:
-        if not all(torch.isfinite(parameter).all() for parameter in parameters):
-            raise TrainingError(
-                f"a weight is not finite after step {self.step}: lower the learning rate"
-            )
-        self.best.restore()
-        self.model.eval()
-        return TrainingResult(
-            history=self.history,
-            best_metric=self.best.value,
-            best_step=self.best.step,
-            metrics=self.best.metrics,
-            num_steps=self.step,
-            seconds=seconds,
-            training_seconds=seconds - self.evaluation_seconds,
-            stopped_early=self.step < self.num_steps,
+# %% ../../../nbs/00_foundations/training_loop.ipynb #9f470239
+def finish(run: Run, seconds: float, parameters: list[torch.Tensor]) -> TrainingResult:
+    "Check the weights, bring back the best ones, close the books; raises TrainingError."
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        raise TrainingError(
+            f"a weight is not finite after step {run.step}: lower the learning rate"
         )
+    run.best.restore()
+    run.model.eval()
+    return TrainingResult(
+        history=run.history,
+        best_metric=run.best.value,
+        best_step=run.best.step,
+        metrics=run.best.metrics,
+        num_steps=run.step,
+        seconds=seconds,
+        training_seconds=seconds - run.evaluation_seconds,
+        stopped_early=run.step < run.num_steps,
+    )
 
 # %% ../../../nbs/00_foundations/training_loop.ipynb #bbde9773
 def training_loop(
@@ -605,7 +607,7 @@ def training_loop(
         if due and run.evaluate(step):
             return
 
-# %% ../../../nbs/00_foundations/training_loop.ipynb #0376fdb4
+# %% ../../../nbs/00_foundations/training_loop.ipynb #535d582f
 def train(
     model: torch.nn.Module,
     train_data: Any,
@@ -641,4 +643,4 @@ def train(
     run = Run(model, acc, config, num_steps, evaluate, log, updater.autocast)
     interval = evaluation_interval(config, epoch, num_steps)
     training_loop(updates(loader, num_steps), updater, run, interval)
-    return run.finish(time.perf_counter() - start, updater.parameters)
+    return finish(run, time.perf_counter() - start, updater.parameters)

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'chinese_sentences', 'corpus_texts', 'held_out', 'digest', 'characters', 'character_tokenizer',
            'wordpiece_tokenizer', 'byte_level_tokenizer', 'train_tokenizer', 'blocks_of', 'MaskTokens', 'InfillSpans',
-           'next_token', 'new_model', 'masked_loss', 'model_loss', 'objective', 'unigram_loss', 'held_out_loss',
-           'Pretrained', 'pretrain', 'carry_out']
+           'next_token', 'new_model', 'masked_loss', 'model_loss', 'objective', 'VaryLength', 'unigram_loss',
+           'held_out_loss', 'Pretrained', 'pretrain', 'carry_out']
 
 # %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #afdff3ab
 import hashlib
@@ -24,18 +24,18 @@ from torch.nn.functional import cross_entropy
 from ..training.loop import TrainingConfig, train
 from .recipes import Recipe
 
-# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #eed0927d
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #2abd06c7
 def chinese_sentences(num_sentences: int = 40_000, seed: int = 0) -> list[str]:
-    "Sentences of the Chinese grammar, and half as many runs of eight dictionary words."
+    "Sentences of the Chinese grammar, and a quarter as many runs of eight dictionary words."
     from compendium.data.corpora import jieba_lexicon
     from compendium.data.generators import chinese_ner
 
     generated = chinese_ner("train").generate(num_sentences, seed=seed)
     sentences = ["".join(tokens) for tokens in generated["tokens"]]
     entries = [entry for entry in jieba_lexicon(2) if entry.frequency >= 5]
-    chances = np.sqrt([entry.frequency for entry in entries])  # rare words, too
+    chances = np.array([entry.frequency for entry in entries]) ** 0.75  # rare words, too
     drawn = np.random.default_rng(seed).choice(
-        len(entries), (num_sentences // 2, 8), p=chances / chances.sum()
+        len(entries), (num_sentences // 4, 8), p=chances / chances.sum()
     )
     runs = ["".join(entries[index].word for index in row) + "。" for row in drawn]
     return sentences + runs
@@ -188,7 +188,7 @@ class MaskTokens:
         shown = torch.where(fate >= 0.9, random, shown)
         return {"input_ids": torch.where(hidden, shown, input_ids), "labels": labels}
 
-# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #48f341e3
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #534f7502
 class InfillSpans:
     "BART's text infilling: blocks -> {input_ids, attention_mask, labels}."
 
@@ -217,7 +217,7 @@ class InfillSpans:
 
 
 def next_token(blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    "GPT's objective: the model itself shifts the labels."
+    "GPT's objective: every token is the label of the position before it (the loss shifts them)."
     input_ids = torch.stack(blocks)
     return {"input_ids": input_ids, "labels": input_ids}
 
@@ -251,7 +251,7 @@ def new_model(recipe: Recipe, tokenizer: Any) -> transformers.PreTrainedModel:
     )  # fmt: skip
     return transformers.BartForConditionalGeneration(config)
 
-# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #1e09d77c
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #31c04ed5
 def masked_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "BERT's loss, with the vocabulary scored at the hidden positions only."
     hidden = batch["labels"] != -100
@@ -263,17 +263,31 @@ def model_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.
     "The loss of the model's family."
     if isinstance(model, transformers.BertForMaskedLM):
         return masked_loss(model, batch)
+    if isinstance(model, transformers.GPT2LMHeadModel):
+        logits = model(batch["input_ids"]).logits[:, :-1]
+        return cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     return model(**batch).loss
 
 
 def objective(recipe: Recipe, tokenizer: Any, seed: int) -> Any:
-    "The collate function of the recipe's family."
+    "The collate function of the recipe's family, on whole blocks."
     if recipe.family == "gpt":
         return next_token
     kind = MaskTokens if recipe.family == "bert" else InfillSpans
     return kind(tokenizer, recipe.mask_rate, seed)
 
-# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #0b7305c3
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #a8ca00ec
+class VaryLength:
+    "Shorten the blocks of a batch to 1, 1/2 or 1/4, keeping their last token, then `collate` them."
+
+    def __init__(self, collate: Any, seed: int):
+        self.collate, self.rng = collate, np.random.default_rng(seed)
+
+    def __call__(self, blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        length = len(blocks[0]) // 2 ** int(self.rng.integers(3))
+        return self.collate([torch.cat([block[: length - 1], block[-1:]]) for block in blocks])
+
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #e7937450
 def unigram_loss(train_ids: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> float:
     "Mean negative log-probability of `targets` under the (add-one) token frequencies of training."
     counts = torch.bincount(train_ids.flatten(), minlength=vocab_size).double() + 1
@@ -289,7 +303,7 @@ def held_out_loss(
     total, baseline, count = 0.0, 0.0, 0
     for rows in test_ids[:max_blocks].split(8):
         batch = collate(list(rows))
-        targets = batch["labels"][:, 1:] if recipe.family != "bert" else batch["labels"]
+        targets = batch["labels"][:, 1:] if recipe.family == "gpt" else batch["labels"]
         targets = targets[targets != -100]
         with torch.no_grad():
             total += model_loss(model, batch).item() * len(targets)
@@ -318,7 +332,7 @@ def pretrain(recipe: Recipe, log: Any = None) -> Pretrained:
     finally:
         torch.set_num_threads(threads)
 
-# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #b2bd5a3f
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #d9a3dd14
 def carry_out(recipe: Recipe, log: Any = None) -> Pretrained:
     "The steps of `pretrain`: corpus, tokenizer, blocks, training, evaluation."
     start = time.perf_counter()
@@ -334,6 +348,7 @@ def carry_out(recipe: Recipe, log: Any = None) -> Pretrained:
         clip_norm=recipe.clip_norm, weight_decay=recipe.weight_decay, seed=recipe.seed, log_every=50,
     )  # fmt: skip
     collate = objective(recipe, tokenizer, recipe.seed)
+    collate = collate if recipe.family == "gpt" else VaryLength(collate, recipe.seed)
     result = train(model, train_ids, settings, loss=model_loss, collate=collate, log=log)
     loss, baseline = held_out_loss(model, recipe, tokenizer, train_ids, test_ids)
     facts = {

@@ -44,29 +44,29 @@ class Recipe:
     seed: int = 0
     revision: int = 1
 
-# %% ../../../nbs/00_foundations/zoo_recipes.ipynb #661f0b36
+# %% ../../../nbs/00_foundations/zoo_recipes.ipynb #7b7ad1be
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
-            "bert-en", "bert", "python_documentation", vocab_size=6000, hidden_size=128,
-            num_layers=4, num_heads=4, max_length=128, num_steps=700, batch_size=8,
-            learning_rate=2e-3, mask_rate=0.2,
+            "bert-en", "bert", "python_documentation", vocab_size=4000, hidden_size=128,
+            num_layers=4, num_heads=4, max_length=128, num_steps=1600, batch_size=8,
+            learning_rate=1e-3, initializer_range=0.05, mask_rate=0.15,
         ),
         Recipe(
             "bert-zh", "bert", "chinese_sentences", vocab_size=6000, hidden_size=128,
-            num_layers=4, num_heads=4, max_length=128, num_steps=700, batch_size=8,
-            learning_rate=2e-3, mask_rate=0.2,
+            num_layers=4, num_heads=4, max_length=128, num_steps=1600, batch_size=8,
+            learning_rate=1e-3, initializer_range=0.05, mask_rate=0.15,
         ),
         Recipe(
-            "bart-en", "bart", "python_documentation", vocab_size=6000, hidden_size=128,
-            num_layers=3, num_heads=4, max_length=128, num_steps=500, batch_size=8,
-            learning_rate=2e-3, mask_rate=0.3,
+            "bart-en", "bart", "python_documentation", vocab_size=4000, hidden_size=128,
+            num_layers=3, num_heads=4, max_length=128, num_steps=900, batch_size=8,
+            learning_rate=1e-3, initializer_range=0.06, mask_rate=0.3,
         ),
         Recipe(
-            "gpt-en", "gpt", "python_documentation", vocab_size=6000, hidden_size=128,
-            num_layers=4, num_heads=4, max_length=256, num_steps=500, batch_size=4,
-            learning_rate=2e-3,
+            "gpt-en", "gpt", "python_documentation", vocab_size=4000, hidden_size=128,
+            num_layers=4, num_heads=4, max_length=256, num_steps=1200, batch_size=2,
+            learning_rate=3e-3,
         ),
     )
 }  # fmt: skip
