@@ -322,6 +322,27 @@ def test_16_bit_weights_are_updated_in_32_bits(dtype):
     assert {x.dtype for x in states if isinstance(x, torch.Tensor)} == {torch.float32}
 
 
+@BOTH
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.1, "weight_decay": 0.1}])
+def test_an_update_never_waits_for_the_device(make, options):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    model = network()
+    optimizer = make(model, lr=0.1, **options)
+    loss_of(model, batches()[0]).backward()
+    with Recorder():
+        optimizer.step()
+    assert any("add" in name for name in called)
+    assert not any("_local_scalar_dense" in name for name in called)
+
+
 # Groups, schedules, state
 
 
