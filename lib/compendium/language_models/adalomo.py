@@ -391,7 +391,7 @@ class Lomo(FusedOptimizer):
             weight.mul_(1 - rate * group["weight_decay"])
         weight.add_(gradient, alpha=-rate)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #dd465194
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #bf99d3e7
 def decay(step: int, exponent: float) -> float:
     r"""$\hat\beta_t = 1 - t^{exponent}$ for the `step` $t$ = 1, 2, …: the weight of the past."""
     return 1.0 - step**exponent
@@ -406,8 +406,8 @@ def accumulate_(
     this process; `past`, the decay $\hat\beta_t$; `floor`, $\epsilon_1$.
     """
     last, *_, (height, width) = parameter.dim() - 1, parameter.shape[-2:]
-    rows = sum_over_shards(squares.sum(-1), parameter, last).div_(width).add_(floor)
-    columns = sum_over_shards(squares.sum(-2), parameter, last - 1).div_(height).add_(floor)
+    rows = sum_over_shards(squares.sum(-1), parameter, last).mul_(1 / width).add_(floor)
+    columns = sum_over_shards(squares.sum(-2), parameter, last - 1).mul_(1 / height).add_(floor)
     row.lerp_(rows, 1 - past)
     column.lerp_(columns, 1 - past)
 
@@ -418,16 +418,18 @@ def inverse_roots(row: Tensor, column: Tensor, parameter: Tensor) -> tuple[Tenso
     mean = total / parameter.shape[-2]
     return (row / mean).rsqrt_().unsqueeze(-1), column.rsqrt().unsqueeze(-2)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #927876aa
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #1434d3ed
 def root_mean_square(tensor: Tensor, parameter: Tensor) -> Tensor:
     r"""$\lVert x\rVert_2/\sqrt{\mathrm{numel}}$ of the `tensor` whose piece is here, a scalar tensor.
 
     `parameter` is the plain tensor or `DTensor` of the whole's shape.
     """
-    square = sum_over_shards(vector_norm(tensor).square(), parameter)
-    return square.div_(max(1, parameter.numel())).sqrt_()
+    norm = vector_norm(tensor)
+    if hasattr(parameter, "placements"):
+        norm = sum_over_shards(norm.square_(), parameter).sqrt_()
+    return norm.mul_(max(1, parameter.numel()) ** -0.5)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #1910489c
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #366404f6
 def normalized_update(
     gradient: Tensor, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]
 ) -> Tensor:
@@ -452,13 +454,14 @@ def move_(
     weight: Tensor, update: Tensor, parameter: Tensor, group: dict[str, Any], rate: float
 ) -> None:
     r"""$\theta \leftarrow (1-a\,\omega)\,\theta - a\,\hat u$, in place, for `update` $u$ and `rate` $\eta$."""
-    size = torch.full((), rate, dtype=weight.dtype, device=weight.device)
     if group["scale_parameter"]:
         size = root_mean_square(weight, parameter).clamp_(min=group["eps"][1]).mul_(rate)
+    else:
+        size = torch.full((), rate, dtype=weight.dtype, device=weight.device)
     if group["weight_decay"]:
         weight.mul_(1 - size * group["weight_decay"])
     if group["clip_threshold"] is not None:
-        excess = root_mean_square(update, parameter).div_(group["clip_threshold"])
+        excess = root_mean_square(update, parameter).mul_(1 / group["clip_threshold"])
         size = size / excess.clamp_(min=1)
     weight.addcmul_(update, size, value=-1)
 
