@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['accuracy', 'pearson', 'spearman']
 
-# %% ../../../nbs/00_foundations/metrics_basic.ipynb #ca99205e
+# %% ../../../nbs/00_foundations/metrics_basic.ipynb #7e560ce9
 from collections.abc import Sequence
 
 import numpy as np
 
-# %% ../../../nbs/00_foundations/metrics_basic.ipynb #14768600
+# %% ../../../nbs/00_foundations/metrics_basic.ipynb #0dda75e1
 def _paired(first: Sequence, second: Sequence) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
@@ -32,7 +32,7 @@ def accuracy(gold: Sequence, predicted: Sequence) -> float:
     gold, predicted = _paired(gold, predicted)
     return float((gold == predicted).mean())
 
-# %% ../../../nbs/00_foundations/metrics_basic.ipynb #1bdef356
+# %% ../../../nbs/00_foundations/metrics_basic.ipynb #b74d512b
 def _correlation(name: str, first: Sequence[float], second: Sequence[float]) -> float:
     from scipy import stats
 

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['resample_weights', 'mean_of_first', 'paired_interval']
 
-# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #86371a44
+# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #9c7f10b6
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #8e442b2e
+# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #d8dd6ddb
 def resample_weights(
     num_examples: int, num_resamples: int, rng: np.random.Generator, *, block_size: int = 4_000_000
 ) -> Iterator[np.ndarray]:
@@ -25,10 +25,19 @@ def resample_weights(
         weights = np.bincount(drawn.ravel(), minlength=count * num_examples)
         yield weights.reshape(count, num_examples).astype(float)
 
-# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #fedd6017
+# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #eaa17306
 def mean_of_first(counts: np.ndarray) -> np.ndarray:
     """The default statistic: column 0 of averaged counts `(..., k)`, that is, the mean score."""
     return counts[..., 0]
+
+
+def _checked_differences(differences: Sequence[float], level: float) -> np.ndarray:
+    differences = np.asarray(differences, dtype=float)
+    if differences.ndim != 1 or len(differences) == 0:
+        raise ValueError(f"differences must be a list of at least one number, not {differences!r}")
+    if not 0 < level < 1:
+        raise ValueError(f"level {level} is not between 0 and 1; 0.95 gives a 95 % interval")
+    return differences
 
 
 def _checked_examples(
@@ -50,7 +59,7 @@ def _checked_examples(
         checked.append((of, over))
     return checked
 
-# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #140da8bd
+# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #300bc236
 def _redrawn_differences(
     examples: list[tuple[np.ndarray, np.ndarray]],
     statistic: Callable[[np.ndarray], np.ndarray],
@@ -70,7 +79,7 @@ def _redrawn_differences(
         columns.append(np.concatenate(blocks))
     return np.concatenate(columns, axis=1)
 
-# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #ff5a4a08
+# %% ../../../nbs/00_foundations/metrics_bootstrap.ipynb #06a226b7
 def paired_interval(
     differences: Sequence[float],
     *,
@@ -82,40 +91,28 @@ def paired_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean paired difference between two arms.
 
-    With `differences` alone, seeds are resampled. With `examples`, seeds and examples are: every resample
-    draws examples (the same ones for both arms, and for all seeds with equally many of them), computes the statistic
-    of both arms in every seed, and averages the difference over redrawn seeds.
+    With `differences` alone, seeds are resampled; with `examples`, seeds and examples are (both arms, and all seeds
+    with equally many examples, share one draw).
 
     Args:
         differences: one difference per seed, in the unit of the metric.
-        examples: per seed, the pair `(of, over)` of per-example statistics of the two arms, each `(num_examples, k)`
-            (or `(num_examples,)`), in the same order of examples.
-        statistic: vectorised function of averaged counts `(..., k)` that gives the metric `(...)`, in the same unit as
+        examples: per seed, the pair `(of, over)` of the arms' per-example statistics, each `(num_examples, k)`.
+        statistic: vectorised function of averaged counts `(..., k)` that gives the metric `(...)` in the unit of
             `differences`; by default the mean of column 0. It may not depend on the number of examples.
         level: coverage, 0.95 for the 95 % interval.
-        num_resamples: number of bootstrap resamples.
-        seed: seed of the resampling; the same arguments give the same interval.
+        num_resamples, seed: number and seed of the bootstrap resamples.
 
-    Returns:
-        Lower and upper end.
+    Returns: lower and upper end.
 
     Raises:
         ValueError: no differences, a level outside (0, 1), or examples that do not pair up.
-
-    Source: Efron & Tibshirani (1993), An Introduction to the Bootstrap, chapters 8 and 13.
     """
-    differences = np.asarray(differences, dtype=float)
-    if differences.ndim != 1 or len(differences) == 0:
-        raise ValueError(f"differences must be a list of at least one number, not {differences!r}")
-    if not 0 < level < 1:
-        raise ValueError(f"level {level} is not between 0 and 1; 0.95 gives a 95 % interval")
+    differences = _checked_differences(differences, level)
+    if examples is None and statistic is not None:
+        raise ValueError("statistic was given without examples; it is a function of their counts")
     rng = np.random.default_rng(seed)
     num_seeds = len(differences)
     if examples is None:
-        if statistic is not None:
-            raise ValueError(
-                "statistic was given without examples; it is a function of their counts"
-            )
         values = np.broadcast_to(differences, (num_resamples, num_seeds))
     else:
         pairs = _checked_examples(examples, num_seeds)

@@ -4,14 +4,14 @@
 __all__ = ['SCHEMES', 'Sentences', 'Span', 'spans_to_tags', 'split_tag', 'tags_to_spans', 'span_counts', 'f1_of_counts',
            'scores_of_counts', 'span_scores', 'span_scores_by_type', 'entity_f1']
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #f6e0209c
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #25316523
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #caef6d17
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #733a7ac7
 class Span(NamedTuple):
     """A typed span of tokens, half-open: tokens `start` to `end - 1`."""
 
@@ -19,7 +19,7 @@ class Span(NamedTuple):
     end: int
     type: str
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #d7e792af
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #ffa12b36
 SCHEMES = {"BIO": "BIIB", "BIOES": "BIES", "BMESO": "BMES", "BMES": "BMES"}
 
 
@@ -56,7 +56,7 @@ def spans_to_tags(
         tags[start:end] = [f"{letter}-{kind}" for letter in letters]
     return tags
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #9fc433a9
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #b2f22e84
 def split_tag(tag: str) -> tuple[str, str]:
     """`"B-PER"` -> `("B", "PER")`. A missing type is `"_"`, the letter M is read as I, and `O` has no type.
 
@@ -97,7 +97,7 @@ def tags_to_spans(tags: Sequence[str]) -> list[Span]:
         spans.append(Span(start, len(tags), open_type))
     return spans
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #449e0e1c
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #7993a910
 Sentences = Sequence[Iterable[tuple[int, int, str]]]
 
 
@@ -135,7 +135,7 @@ def f1_of_counts(counts: np.ndarray) -> np.ndarray:
     counts = np.asarray(counts, dtype=float)
     return _ratio(2 * counts[..., 0], counts[..., 1] + counts[..., 2])
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #ea318d7c
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #14f1f482
 def scores_of_counts(counts: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1 in [0, 1] of summed counts (correct, predicted, gold), `(3,)`."""
     correct, predicted, gold = np.asarray(counts, dtype=float)
@@ -174,7 +174,7 @@ def span_scores_by_type(gold: Sentences, predicted: Sentences) -> dict[str, dict
         counts[kind] = span_counts(*only).sum(0)
     return {kind: scores_of_counts(row) | {"support": int(row[2])} for kind, row in counts.items()}
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #5ec3f910
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #77aad9b3
 def entity_f1(
     gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, float]:

@@ -13,7 +13,9 @@ from compendium.models.crf import (
     LinearChainCRF,
     TagConstraints,
     log_partition_by_logsumexp,
+    safe_interval,
     score_range,
+    score_tables,
     steps_to_reach_all,
     tag_constraints,
 )
@@ -146,10 +148,12 @@ def test_fast_path_equals_safe_path_just_below_its_limit(scheme):
     crf = LinearChainCRF(len(SCHEMES[scheme]), constraints=tag_constraints(SCHEMES[scheme]))
     crf = crf.double()
     emissions, _, mask = some_batch(crf.num_tags, [60, 33, 1])
-    tables = crf._tables(torch.double)
-    room = 299.0 / crf.reach - 1.0
+    tables = score_tables(crf, torch.double)
+    room = 299.0 / (crf.reach + 1.0) - 1.0
     emissions = (room / score_range(emissions) * emissions).detach()
-    assert crf.is_scalable(emissions, mask, tables)
+    assert safe_interval(crf, emissions, mask) == 1
+    assert safe_interval(crf, emissions / 100, mask) == 8
+    assert safe_interval(crf, emissions * 2, mask) == 0
     results = []
     for compute in (crf._log_partition, lambda e, m: log_partition_by_logsumexp(e, m, *tables)):
         leaf = emissions.clone().requires_grad_()
