@@ -429,7 +429,7 @@ def root_mean_square(tensor: Tensor, parameter: Tensor) -> Tensor:
         norm = sum_over_shards(norm.square_(), parameter).sqrt_()
     return norm.mul_(max(1, parameter.numel()) ** -0.5)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #366404f6
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #507f9db0
 def normalized_update(
     gradient: Tensor, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]
 ) -> Tensor:
@@ -449,7 +449,7 @@ def normalized_update(
     by_row, by_column = inverse_roots(row, column, parameter)
     return torch.mul(gradient, by_row, out=buffer).mul_(by_column)
 
-
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #d4584b41
 def move_(
     weight: Tensor, update: Tensor, parameter: Tensor, group: dict[str, Any], rate: float
 ) -> None:
