@@ -83,10 +83,8 @@ def test_its_module_is_documented_and_typed(checkout, chapter):
             )
     for name in module.__all__:
         value = getattr(module, name)
-        if (
-            isinstance(value, type)
-            or callable(value)
-            and getattr(value, "__module__", "") == module.__name__
+        if isinstance(value, type) or (
+            callable(value) and getattr(value, "__module__", "") == module.__name__
         ):
             assert (value.__doc__ or "").strip(), f"{chapter.module}.{name} has no docstring"
 
