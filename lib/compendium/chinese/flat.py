@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PAD', 'UNKNOWN', 'END', 'DISTANCES', 'FUSIONS', 'PATTERNS', 'CHOICES', 'RELEASED', 'Match', 'add_words', 'find_words',
            'Lexicon', 'bigrams', 'FlatVocabulary', 'label_ids', 'FlatEncoder', 'FlatLatticeCollator', 'span_distances',
-           'sinusoid', 'RelativePositions', 'unique_relations', 'SpanRelativePosition', 'split_heads',
+           'sinusoid', 'RelativePositions', 'unique_relations', 'PositionFusion', 'SpanRelativePosition', 'split_heads',
            'relation_scores', 'FourTermScores', 'FlatLatticeAttention', 'attention_pattern', 'FlatLayer', 'FlatConfig',
            'FlatEmbedding', 'FlatPreTrainedModel', 'LexiconTagger', 'character_mask', 'predict', 'BertFeatures',
            'bert_input_ids', 'first_queries', 'FlatForTokenClassification', 'soft_lexicon_weights', 'SoftLexiconTagger',
@@ -300,7 +300,11 @@ def unique_relations(
     unique["tt"] = unique["ht"] + width_of_query
     return unique, rank[key], longest
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #c79a31ae
+# %% ../../../nbs/01_chinese/03_flat.ipynb #9ad90b8c
+class PositionFusion(nn.Linear):
+    """W_r and b of equation 8: a linear layer that keeps torch's initialisation, as in the released code."""
+
+
 class SpanRelativePosition(nn.Module):
     """The fused relative encoding R of spans (equation 8), shared by all layers of a model.
 
@@ -317,7 +321,7 @@ class SpanRelativePosition(nn.Module):
         if unknown := set(distances) - set(DISTANCES):
             raise ValueError(f"distance {min(unknown)!r} is unknown; choose from {DISTANCES}")
         self.dim, self.distances, self.unique = dim, tuple(distances), unique
-        self.fusion = nn.Linear(len(self.distances) * dim, dim)  # W_r and b
+        self.fusion = PositionFusion(len(self.distances) * dim, dim)
 
     def forward(
         self, head: Tensor, tail: Tensor, num_queries: int | None = None
@@ -600,7 +604,7 @@ class FlatEmbedding(nn.Module):
         words = self.word_projection(self.word_dropout(tokens[:, num_characters:]))
         return torch.cat([characters, words], dim=1)
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #8dc2a83f
+# %% ../../../nbs/01_chinese/03_flat.ipynb #95acec14
 class FlatPreTrainedModel(PreTrainedModel):
     """Initialisation as in the released code: Xavier for matrices, unit rows for embeddings."""
 
@@ -613,13 +617,13 @@ class FlatPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
             if not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, PositionFusion):  # the exception: torch's default
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
         elif isinstance(module, FourTermScores):
             init.xavier_uniform_(module.u)
             init.xavier_uniform_(module.v)
-        elif isinstance(module, SpanRelativePosition):  # the exception: torch's default
-            init.kaiming_uniform_(module.fusion.weight, a=math.sqrt(5))
         elif isinstance(module, LinearChainCRF):
             init.zeros_(module.transitions)
 
