@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'chinese_sentences', 'corpus_texts', 'held_out', 'digest', 'characters', 'character_tokenizer',
            'wordpiece_tokenizer', 'byte_level_tokenizer', 'train_tokenizer', 'blocks_of', 'MaskTokens', 'InfillSpans',
-           'next_token', 'new_model', 'masked_loss', 'model_loss', 'objective', 'VaryLength', 'unigram_loss',
-           'held_out_loss', 'Pretrained', 'pretrain', 'carry_out']
+           'next_token', 'wave_frequencies', 'waves', 'shifted_reading', 'look_at_neighbours', 'new_model',
+           'masked_loss', 'model_loss', 'objective', 'VaryLength', 'unigram_loss', 'held_out_loss', 'Pretrained',
+           'pretrain', 'carry_out']
 
 # %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #afdff3ab
 import hashlib
@@ -221,7 +222,44 @@ def next_token(blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     input_ids = torch.stack(blocks)
     return {"input_ids": input_ids, "labels": input_ids}
 
-# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #274c966a
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #9d7bf1b9
+def wave_frequencies(width: int) -> torch.Tensor:
+    "The width / 2 frequencies of sinusoidal positions, from 1 down to almost 1 / 10,000."
+    return 10_000 ** (-torch.arange(0, width, 2) / width)
+
+
+def waves(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    "sin(p f) beside cos(p f): (positions, 2 * frequencies)."
+    angles = positions[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def shifted_reading(size: int, width: int, shift: int) -> torch.Tensor:
+    "A matrix (size, width) that reads the highest waves of position p as those of p + shift."
+    frequencies = wave_frequencies(width)[: size // 2]
+    index, count = torch.arange(size // 2), size // 2
+    cosine, sine = (shift * frequencies).cos(), (shift * frequencies).sin()
+    reading = torch.zeros(size, width)
+    reading[index, index] = reading[count + index, width // 2 + index] = cosine
+    reading[index, width // 2 + index], reading[count + index, index] = sine, -sine
+    return reading
+
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #c46269b9
+@torch.no_grad()
+def look_at_neighbours(model: transformers.BertForMaskedLM, sharpness: float = 2.0) -> None:
+    "Waves as position embeddings; heads 1, 2, 3, 4, ... of layer 1 look around -1, +1, -2, +2, ..."
+    width, heads = model.config.hidden_size, model.config.num_attention_heads
+    positions = model.bert.embeddings.position_embeddings.weight
+    scale = 2**0.5 * model.config.initializer_range  # a wave's standard deviation is 1 / sqrt(2)
+    positions.copy_(scale * waves(torch.arange(len(positions)), wave_frequencies(width)))
+    size, attention = width // heads, model.bert.encoder.layer[0].attention.self
+    for head in range(heads):
+        shift = (head // 2 + 1) * (-1 if head % 2 == 0 else 1)
+        rows = slice(head * size, (head + 1) * size)
+        attention.query.weight[rows] = sharpness * shifted_reading(size, width, 0)
+        attention.key.weight[rows] = sharpness * shifted_reading(size, width, -shift)
+
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #8e59ab8d
 def new_model(recipe: Recipe, tokenizer: Any) -> transformers.PreTrainedModel:
     "The recipe's model with random weights from torch's global generator."
     d, layers, heads = recipe.hidden_size, recipe.num_layers, recipe.num_heads
@@ -233,7 +271,9 @@ def new_model(recipe: Recipe, tokenizer: Any) -> transformers.PreTrainedModel:
             attention_probs_dropout_prob=0.0, max_position_embeddings=recipe.max_length,
             initializer_range=recipe.initializer_range, **ids,
         )  # fmt: skip
-        return transformers.BertForMaskedLM(config)
+        model = transformers.BertForMaskedLM(config)
+        look_at_neighbours(model)
+        return model
     ids |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if recipe.family == "gpt":
         config = transformers.GPT2Config(
@@ -332,10 +372,10 @@ def pretrain(recipe: Recipe, log: Any = None) -> Pretrained:
     finally:
         torch.set_num_threads(threads)
 
-# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #d9a3dd14
+# %% ../../../nbs/00_foundations/zoo_pretraining.ipynb #d82fc7e3
 def carry_out(recipe: Recipe, log: Any = None) -> Pretrained:
     "The steps of `pretrain`: corpus, tokenizer, blocks, training, evaluation."
-    start = time.perf_counter()
+    start, work = time.perf_counter(), time.process_time()
     texts = corpus_texts(recipe)
     train_texts = [text for text in texts if not held_out(text)]
     tokenizer = train_tokenizer(recipe, train_texts)
@@ -357,5 +397,6 @@ def carry_out(recipe: Recipe, log: Any = None) -> Pretrained:
         "held_out_loss": round(loss, 4), "held_out_perplexity": round(math.exp(loss), 2),
         "unigram_perplexity": round(math.exp(baseline), 2), "parameters": model.num_parameters(),
         "seconds": round(time.perf_counter() - start, 1),
+        "processor_seconds": round(time.process_time() - work, 1),
     }  # fmt: skip
     return Pretrained(model, tokenizer, facts)

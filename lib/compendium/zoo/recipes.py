@@ -44,19 +44,19 @@ class Recipe:
     seed: int = 0
     revision: int = 1
 
-# %% ../../../nbs/00_foundations/zoo_recipes.ipynb #7b7ad1be
+# %% ../../../nbs/00_foundations/zoo_recipes.ipynb #e72984cd
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(
             "bert-en", "bert", "python_documentation", vocab_size=4000, hidden_size=128,
-            num_layers=4, num_heads=4, max_length=128, num_steps=1600, batch_size=8,
-            learning_rate=1e-3, initializer_range=0.05, mask_rate=0.15,
+            num_layers=4, num_heads=4, max_length=128, num_steps=1500, batch_size=8,
+            learning_rate=2e-3, initializer_range=0.05, mask_rate=0.3,
         ),
         Recipe(
             "bert-zh", "bert", "chinese_sentences", vocab_size=6000, hidden_size=128,
-            num_layers=4, num_heads=4, max_length=128, num_steps=1600, batch_size=8,
-            learning_rate=1e-3, initializer_range=0.05, mask_rate=0.15,
+            num_layers=4, num_heads=4, max_length=128, num_steps=1500, batch_size=8,
+            learning_rate=2e-3, initializer_range=0.05, mask_rate=0.3,
         ),
         Recipe(
             "bart-en", "bart", "python_documentation", vocab_size=4000, hidden_size=128,

@@ -165,6 +165,24 @@ def test_one_document_in_twenty_is_held_out():
     assert 0.03 < sum(map(held_out, texts)) / len(texts) < 0.07
 
 
+def test_a_new_bert_looks_at_its_neighbours():
+    recipe = RECIPES["bert-en"]
+    tokenizer = train_tokenizer(tiny(), SENTENCES)
+    model = new_model(recipe, tokenizer).eval()
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(10, recipe.vocab_size, (4, 60))
+    with torch.no_grad():
+        attention = model(tokens, output_attentions=True).attentions[0]  # (batch, head, from, to)
+    here, there = torch.arange(60)[:, None], torch.arange(60)
+    inner = slice(8, 52)
+    near = ((here - there).abs() <= 4).float()
+    share = (attention * near).sum(-1)[:, :, inner].mean((0, 2))
+    assert (share > 0.4).all()  # 9 / 60 = 0.15 if all were alike
+    offset = (attention * near * (there - here)).sum(-1)[:, :, inner].mean((0, 2))
+    assert (offset[[0, 2]] < 0).all() and (offset[[1, 3]] > 0).all()
+    assert offset[2] < offset[0] and offset[3] > offset[1]
+
+
 # --- pre-training ---------------------------------------------------------------------------------
 
 
