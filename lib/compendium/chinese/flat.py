@@ -346,28 +346,32 @@ class SpanRelativePosition(nn.Module):
         encoded = [F.embedding(distances[name] + longest - 1, table) for name in self.distances]
         return RelativePositions(F.relu(self.fusion(torch.cat(encoded, dim=-1))), None)
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #62258716
+# %% ../../../nbs/01_chinese/03_flat.ipynb #fe633089
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
     """`(..., length, num_heads * d)` -> `(..., num_heads, length, d)`."""
     return states.unflatten(-1, (num_heads, -1)).transpose(-3, -2)
 
 
-def relation_scores(query: Tensor, relations: RelativePositions, vectors: Tensor) -> Tensor:
+def relation_scores(
+    query: Tensor, relations: RelativePositions, vectors: Tensor, max_numbers: int = 2**25
+) -> Tensor:
     """Products of queries with the relation vectors of each pair, `(batch, num_heads, num_queries, L)`.
 
     Args:
         query: `(batch, num_heads, num_queries, d)`.
         relations: their index is used; `vectors` are theirs after projection, `(..., num_heads * d)`.
+        max_numbers: sentences go through in groups whose products with all unique vectors are not more than this.
     """
-    num_heads, head_dim = query.shape[1], query.shape[-1]
-    index = relations.index
-    if index is not None and len(vectors) > index.shape[-1] * head_dim:
-        vectors, index = F.embedding(index, vectors), None  # smaller than all scores would be
-    vectors = split_heads(vectors, num_heads)
-    if index is None:  # vectors: (batch, queries, heads, L, d)
+    vectors = split_heads(vectors, query.shape[1])
+    if relations.index is None:  # vectors: (batch, queries, heads, L, d)
         return torch.einsum("bhqd,bqhkd->bhqk", query, vectors)
-    scores = query @ vectors.transpose(-1, -2)  # (batch, heads, queries, num_unique)
-    return scores.gather(-1, index[:, None].expand(-1, num_heads, -1, -1))
+    group = max(1, max_numbers // (query[0, ..., 0].numel() * vectors.shape[1]))
+    index = relations.index[:, None].expand(-1, query.shape[1], -1, -1)
+    parts = [
+        (rows @ vectors.transpose(-1, -2)).gather(-1, places)  # (group, heads, queries, num_unique)
+        for rows, places in zip(query.split(group), index.split(group), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 # %% ../../../nbs/01_chinese/03_flat.ipynb #8668a93f
 class FourTermScores(nn.Module):

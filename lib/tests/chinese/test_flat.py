@@ -26,6 +26,7 @@ from compendium.chinese.flat import (
     attention_pattern,
     bigrams,
     predict,
+    relation_scores,
     sinusoid,
     soft_lexicon_weights,
     span_distances,
@@ -307,6 +308,17 @@ def test_unique_equals_dense_with_gradients(fusion, num_layers):
         results.append([output.logits, output.loss, *output.attentions, *gradients])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_groups_of_sentences_change_nothing():
+    torch.manual_seed(0)
+    query, vectors = torch.randn(5, 2, 3, 4), torch.randn(7, 8)
+    relations = RelativePositions(vectors, torch.randint(7, (5, 3, 6)))
+    whole = relation_scores(query, relations, vectors)
+    for limit in (1, 2 * 3 * 7 * 2, 10**6):
+        torch.testing.assert_close(relation_scores(query, relations, vectors, limit), whole)
+    one = query[4, 1, 2] @ vectors[relations.index[4, 2, 5], 4:]
+    torch.testing.assert_close(whole[4, 1, 2, 5], one)
 
 
 def test_scores_do_not_depend_on_where_the_sentence_stands():
