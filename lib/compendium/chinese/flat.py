@@ -236,7 +236,7 @@ class FlatLatticeCollator:
             row[: len(values)] = values
         return padded
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #5327ea39
+# %% ../../../nbs/01_chinese/03_flat.ipynb #4b35d7db
 DISTANCES = ("hh", "ht", "th", "tt")
 FUSIONS = {"ff": DISTANCES, "ff_two": ("hh", "tt")}  # names of the released code
 
@@ -250,7 +250,7 @@ def span_distances(head: Tensor, tail: Tensor, num_queries: int | None = None) -
     Returns:
         `{"hh", "ht", "th", "tt"}`, each `(batch, num_queries, L)`.
 
-    Source: equations 4-7.
+    Source: section 3.2.
     """
     query = {"h": head[:, :num_queries, None], "t": tail[:, :num_queries, None]}
     key = {"h": head[:, None, :], "t": tail[:, None, :]}
@@ -300,13 +300,13 @@ def unique_relations(
     unique["tt"] = unique["ht"] + width_of_query
     return unique, rank[key], longest
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #9ad90b8c
+# %% ../../../nbs/01_chinese/03_flat.ipynb #93da2693
 class PositionFusion(nn.Linear):
-    """W_r and b of equation 8: a linear layer that keeps torch's initialisation, as in the released code."""
+    """W_r and b of section 3.2: a linear layer that keeps torch's initialisation, as in the released code."""
 
 
 class SpanRelativePosition(nn.Module):
-    """The fused relative encoding R of spans (equation 8), shared by all layers of a model.
+    """The fused relative encoding R of spans (section 3.2), shared by all layers of a model.
 
     Args:
         dim: size D of the encodings, the model's hidden size.
@@ -373,9 +373,9 @@ def relation_scores(
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #8668a93f
+# %% ../../../nbs/01_chinese/03_flat.ipynb #7c3c73ea
 class FourTermScores(nn.Module):
-    """The scores A* of equation 9; see `FlatLatticeAttention` for the arguments."""
+    """The scores A* of section 3.2; see `FlatLatticeAttention` for the arguments."""
 
     def __init__(self, dim: int, num_heads: int, k_proj: bool = True, scaled: bool = False) -> None:
         super().__init__()
@@ -402,7 +402,7 @@ class FourTermScores(nn.Module):
             scores = scores + relation_scores(query + self.v[:, None], relations, vectors)
         return scores * self.scale
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #6ddd7172
+# %% ../../../nbs/01_chinese/03_flat.ipynb #5f10e9c0
 class FlatLatticeAttention(nn.Module):
     """Multi-head attention over a flat lattice with relative positions of spans.
 
@@ -414,7 +414,7 @@ class FlatLatticeAttention(nn.Module):
         attn_ff: a linear layer after the heads are joined.
         dropout: of the attention weights.
 
-    Source: equations 1-3 and 9.
+    Source: sections 2 and 3.2.
     """
 
     def __init__(
@@ -577,9 +577,9 @@ class FlatConfig(PretrainedConfig):
         """The choices of the released code (`RELEASED`) with other `values`."""
         return cls(**{**RELEASED, **values})
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #e2cb6473
+# %% ../../../nbs/01_chinese/03_flat.ipynb #afe635a5
 class FlatEmbedding(nn.Module):
-    """Characters with their bigrams, then words, `(batch, n + m, D)` (section 4.1 and the released code)."""
+    """Characters with their bigrams, then words, `(batch, n + m, D)` as in the released code."""
 
     def __init__(self, config: FlatConfig, extra_dim: int = 0) -> None:
         super().__init__()
@@ -760,7 +760,7 @@ class FlatForTokenClassification(LexiconTagger):
             attentions.append(weights)
         return hidden[:, :count], attentions
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #2486fa5f
+# %% ../../../nbs/01_chinese/03_flat.ipynb #1e8eeb9b
 def soft_lexicon_weights(head: Tensor, tail: Tensor, word_mask: Tensor, length: int) -> Tensor:
     """Weights that average the words that begin at, run through, and end at each character.
 
@@ -771,7 +771,7 @@ def soft_lexicon_weights(head: Tensor, tail: Tensor, word_mask: Tensor, length: 
     Returns:
         `(3, batch, n, m)`; each row sums to 1, or to 0 where there is no such word.
 
-    Source: Ma et al. (2020), Simplify the Usage of Lexicon in Chinese NER, equations 8-10 (unweighted).
+    Source: Ma et al. (2020), Simplify the Usage of Lexicon in Chinese NER, without the weights by frequency.
     """
     place = torch.arange(length, device=head.device)[:, None]
     head, tail = head[:, None, :], tail[:, None, :]
@@ -810,11 +810,11 @@ class SoftLexiconTagger(LexiconTagger):
         )
         return states, None
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #5af625cc
+# %% ../../../nbs/01_chinese/03_flat.ipynb #e2b3d815
 class LatticeLSTM(nn.Module):
     """One direction of a lattice LSTM over a single sentence; the straightforward loop.
 
-    Source: Zhang & Yang (2018), Chinese NER Using Lattice LSTM, equations 11-15.
+    Source: Zhang & Yang (2018), Chinese NER Using Lattice LSTM.
     """
 
     def __init__(self, dim: int) -> None:
