@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from .record import ClaimRecord, Verdict
 from ..metrics.bootstrap import paired_interval
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from .config import ConfigError
 
 # %% ../../../nbs/00_foundations/experiment_reproducible.ipynb #0e000a8b

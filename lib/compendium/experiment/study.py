@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from ..catalogue import CatalogueError, catalogue, root
 from .claims import Claim, Outcome, decide
 from .config import check_preset

@@ -76,7 +76,7 @@ def test_every_kind_of_failure_is_named_and_the_others_finish(small_checkout):
     small_checkout.write("mccws", "raise ValueError('the lexicon is empty')")
     small_checkout.write("cnn_ner", "import time; time.sleep(600)")
     small_checkout.write("udr", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    small_checkout.write("dore", "this is not Python")
+    small_checkout.write("dore", "def broken(:")
     small_checkout.write("aor", "1 + 1", toy=False)
     answer = small_checkout.compendium("run", "--time-limit", "40", "--jobs", "3")
     assert answer.returncode == 1
