@@ -194,7 +194,7 @@ def print_results(results: list[Any], before: Mapping[str, Any]) -> None:
         rows.append((name, result.state, f"{result.seconds:.0f}", f"{peak / 1e6:.0f}", verdicts))
     table("chapter", "state", "seconds", "peak MB", "verdicts", rows=rows)
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #571916c1
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #31374785
 @app.command()
 def show(chapter: str, preset: Preset = "mini") -> None:
     """Show the claims and verdicts of a chapter's report, and where its files lie."""
@@ -208,7 +208,7 @@ def show(chapter: str, preset: Preset = "mini") -> None:
         raise RecordError(
             f"no report of {found.name!r} with preset {preset!r}; run: compendium run {found.name} --preset {preset}"
         )
-    print(f"{found.short}: {found.title} ({found.venue} {found.year})\n")
+    print(f"{found.title} ({found.venue} {found.year})\n")
     rows = []
     for claim in record.claims:
         mean = (
