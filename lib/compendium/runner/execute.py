@@ -37,7 +37,7 @@ class Failure:
         place = f"cell {self.cell}: " if self.cell is not None else ""
         return f"{place}{self.sentence} [{self.notebook}]"
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #d1767c88
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #0cb11673
 def kernel_environment(job: Job, folder: Path) -> dict[str, str]:
     """The environment variables of the kernel that runs `job` and writes into `folder`."""
     threads = str(os.cpu_count() or 1) if job.gpus else "1"
@@ -49,6 +49,7 @@ def kernel_environment(job: Job, folder: Path) -> dict[str, str]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "NO_COLOR": "1",
         "PYTHONHASHSEED": "0",
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # nobody watches the bars
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_SILENT": "true",
     }
