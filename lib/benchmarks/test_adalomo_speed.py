@@ -74,7 +74,7 @@ def test_a_step_is_faster_than_pytorch_optimizer_and_near_adamw():
     times = seconds(["adalomo", "pytorch_optimizer", "adamw"], WIDTH, DEPTH, rounds=8)
     report("step of 12 layers of 512", {name: 1e3 * value for name, value in times.items()}, "ms")
     assert times["adalomo"] * 1.1 <= times["pytorch_optimizer"]
-    assert times["adalomo"] <= 1.8 * times["adamw"]
+    assert times["adalomo"] <= 1.6 * times["adamw"]
 
 
 def test_many_small_weights_do_not_slow_it_down():
