@@ -2,13 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compendium.data import loaders
-from compendium.data.loaders import LOADERS, charm_shots, load
+from compendium.data.loaders import all_loaders, charm_shots, load
 from compendium.data.registry import DataError, Registry, info, verify
 from compendium.metrics.spans import tags_to_spans
 
@@ -201,8 +203,30 @@ def test_charm_shots():
         charm_shots("Time_Understanding", "Chinese", "cot")
 
 
+def test_ag_news_is_balanced_and_its_entities_are_repaired():
+    files_of("ag_news_test")
+    rows = load("ag_news_test")["test"]
+    assert rows.features["label"].names == loaders.AG_NEWS_TOPICS
+    assert np.bincount(rows["label"]).tolist() == [1900] * 4
+    assert not any(re.search(r"#\d+;|&[lg]t;|\\", text) for text in rows["text"])
+    assert rows[1]["text"].startswith("The Race is On: Second Private Team Sets Launch Date")
+    assert "$10 million Ansari X Prize" in rows[1]["text"]
+
+
+def test_a_news_row_that_does_not_fit_is_named(tmp_path):
+    (tmp_path / "test.csv").write_text('"1","a","b"\n"5","a","b"\n')
+    with pytest.raises(DataError, match=r"test\.csv:2: the line is not label 1-4"):
+        loaders.load_ag_news_test({"test.csv": tmp_path / "test.csv"})
+
+
+def test_loaders_of_families_are_found():
+    families = {path.stem for path in Path(loaders.__file__).parent.glob("loaders_*.py")}
+    homes = {function.__module__.rpartition(".")[2] for function in all_loaders().values()}
+    assert homes == families | {"loaders"}
+
+
 def test_every_loader_belongs_to_a_registered_set_and_is_described():
-    for name, function in LOADERS.items():
+    for name, function in all_loaders().items():
         assert info(name).bytes and function.__doc__
 
 
