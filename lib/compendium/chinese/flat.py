@@ -236,7 +236,7 @@ class FlatLatticeCollator:
             row[: len(values)] = values
         return padded
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #4b35d7db
+# %% ../../../nbs/01_chinese/03_flat.ipynb #b086e7c3
 DISTANCES = ("hh", "ht", "th", "tt")
 FUSIONS = {"ff": DISTANCES, "ff_two": ("hh", "tt")}  # names of the released code
 
@@ -514,7 +514,7 @@ class FlatLayer(nn.Module):
         before = hidden if self.residual else changed
         return (self.feed_forward_norm or self.attention_norm)(before + changed), weights
 
-# %% ../../../nbs/01_chinese/03_flat.ipynb #f1529ded
+# %% ../../../nbs/01_chinese/03_flat.ipynb #bfc96868
 CHOICES = {
     "four_pos_fusion": tuple(FUSIONS),  # "ff": the paper, "ff_two": the released code
     "position": (

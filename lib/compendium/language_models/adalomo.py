@@ -136,7 +136,7 @@ def restore(parameter: Tensor, saved: dict[str, Any], layout: dict[str, Any]) ->
             state[name] = value.to(parameter.device, working_dtype(parameter), copy=True)
     return state
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #19ff22f7
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #4a6ddbbb
 class PreciseOptimizer(Optimizer):
     """The part of `FusedOptimizer` that keeps the state; use that one."""
 
@@ -249,7 +249,7 @@ def apply_gradient(optimizer: "FusedOptimizer", parameter: Tensor, gradient: Ten
     if weight is not target:
         target.copy_(weight)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #baea8d7f
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #67955519
 def squared_norm(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The squared norm of one gradient, a scalar tensor; a sharded gradient counts as a whole."""
     norm = vector_norm(local(gradient), dtype=working_dtype(gradient))
@@ -276,7 +276,7 @@ def clipping(norm: Tensor, limit: float) -> Tensor:
     """The factor, at most 1, that brings gradients of this `norm` down to the `limit`."""
     return (limit / (norm + 1e-6)).clamp(max=1)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #ab582663
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #727d9b1d
 def stepped_scale(
     optimizer: "FusedOptimizer", waiting: list[tuple[Tensor, Tensor]]
 ) -> Tensor | None:
@@ -522,7 +522,7 @@ class AdaLomo(FusedOptimizer):
             state |= fresh_state(parameter, self.state_layout(parameter))
         move_(weight, normalized_update(gradient, state, parameter, group), parameter, group, rate)
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #a1b60dfc
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #ec6965e3
 def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
     """Bytes of state that `optimizer` keeps for one `parameter` after its first step.
 
@@ -547,7 +547,7 @@ def state_bytes(parameter: Tensor, optimizer: Optimizer) -> int:
         return (sum(numel // n for n in width) if parameter.dim() > 1 else numel) * size + 4
     raise ValueError(f"the state of {type(optimizer).__name__} is not known: take one step first")
 
-# %% ../../../nbs/08_language_models/01_adalomo.ipynb #725b2dde
+# %% ../../../nbs/08_language_models/01_adalomo.ipynb #ee787f2f
 def memory_model(
     model: nn.Module, optimizer: Optimizer, fused: bool | None = None
 ) -> dict[str, int]:
