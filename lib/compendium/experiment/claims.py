@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Outcome', 'Claim', 'gain', 'at_most', 'ratio', 'untestable', 'decide']
 
-# %% ../../../nbs/00_foundations/experiment_claims.ipynb #84809828
+# %% ../../../nbs/00_foundations/experiment_claims.ipynb #6a50d386
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class Outcome:
                 return kind[name]
         raise KeyError(f"no metric or timing {name!r}; there are {[*self.metrics, *self.timings]}")
 
-# %% ../../../nbs/00_foundations/experiment_claims.ipynb #a35ae096
+# %% ../../../nbs/00_foundations/experiment_claims.ipynb #8b6e14c1
 @dataclass(frozen=True)
 class Claim:
     """A claim with the rule that decides it.
@@ -76,7 +76,20 @@ class Claim:
             return mean >= self.at_least and not (self.every_seed and min(differences) <= 0)
         return mean <= self.at_most and not (self.every_seed and max(differences) >= 0)
 
-# %% ../../../nbs/00_foundations/experiment_claims.ipynb #4c653e50
+# %% ../../../nbs/00_foundations/experiment_claims.ipynb #20206645
+def _paired(
+    id: str, statement: str, metric: str, of: str, over: str, bound: str, **fields: Any
+) -> Claim:
+    return Claim(
+        id,
+        statement,
+        f"mean {metric} of {of} − {over} {bound}",
+        lambda arms: arms[of][metric] - arms[over][metric],
+        pair=(of, over, metric),
+        **fields,
+    )
+
+
 def gain(
     id: str,
     statement: str,
@@ -89,19 +102,9 @@ def gain(
     statistic: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Claim:
     """The claim that arm `of` beats arm `over` in `metric` by `at_least` on average (paired seeds)."""
-    rule = f"mean {metric} of {of} − {over} ≥ {at_least:g}" + (
-        ", > 0 in every seed" if every_seed else ""
-    )
-    return Claim(
-        id,
-        statement,
-        rule,
-        lambda arms: arms[of][metric] - arms[over][metric],
-        at_least=at_least,
-        every_seed=every_seed,
-        pair=(of, over, metric),
-        statistic=statistic,
-    )
+    bound = f"≥ {at_least:g}" + (", > 0 in every seed" if every_seed else "")
+    fields = dict(at_least=at_least, every_seed=every_seed, statistic=statistic)
+    return _paired(id, statement, metric, of, over, bound, **fields)
 
 
 def at_most(
@@ -116,21 +119,11 @@ def at_most(
     statistic: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Claim:
     """The claim that `metric` of arm `of` exceeds that of arm `over` by no more than `margin`."""
-    rule = f"mean {metric} of {of} − {over} ≤ {margin:g}" + (
-        ", < 0 in every seed" if every_seed else ""
-    )
-    return Claim(
-        id,
-        statement,
-        rule,
-        lambda arms: arms[of][metric] - arms[over][metric],
-        at_most=margin,
-        every_seed=every_seed,
-        pair=(of, over, metric),
-        statistic=statistic,
-    )
+    bound = f"≤ {margin:g}" + (", < 0 in every seed" if every_seed else "")
+    fields = dict(at_most=margin, every_seed=every_seed, statistic=statistic)
+    return _paired(id, statement, metric, of, over, bound, **fields)
 
-# %% ../../../nbs/00_foundations/experiment_claims.ipynb #d59e2d13
+# %% ../../../nbs/00_foundations/experiment_claims.ipynb #bf56b802
 def ratio(id: str, statement: str, *, of: str, over: str, metric: str, at_least: float) -> Claim:
     """The claim that `metric` (a metric or a timing) of arm `of` is `at_least` times that of `over`."""
     rule = f"mean ratio of {metric}, {of} / {over} ≥ {at_least:g}"
@@ -143,7 +136,7 @@ def untestable(id: str, statement: str, reason: str) -> Claim:
     """A claim that this preset cannot decide, with the `reason`."""
     return Claim(id, statement, "", reason=reason)
 
-# %% ../../../nbs/00_foundations/experiment_claims.ipynb #54d3b1bb
+# %% ../../../nbs/00_foundations/experiment_claims.ipynb #8c4c9c9e
 def decide(
     claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], reason: str = ""
 ) -> ClaimRecord:
