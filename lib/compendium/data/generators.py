@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # %% auto #0
-__all__ = ['CLOSE', 'Rules', 'Lexicons', 'MAX_PASSES', 'PARTS', 'CHINESE_RULES', 'ENGLISH_RULES', 'tokenize', 'parse_production',
-           'ragged', 'Grammar', 'outermost', 'entity_strings', 'word_list', 'faker_words', 'jieba_words',
-           'lexicon_part', 'invented_words', 'chinese_ner', 'show', 'english_ner']
+__all__ = ['CLOSE', 'Rules', 'Lexicons', 'MAX_PASSES', 'PARTS', 'CHINESE_RULES', 'ENGLISH_RULES', 'NESTED_RULES', 'tokenize',
+           'parse_production', 'ragged', 'Grammar', 'outermost', 'entity_strings', 'word_list', 'faker_words',
+           'jieba_words', 'lexicon_part', 'invented_words', 'chinese_ner', 'show', 'english_ner', 'nested_ner']
 
 # %% ../../../nbs/00_foundations/data_generators.ipynb #6e0f6ead
 _PIECE = re.compile(r"\{(?P<symbol>[^{}]*)\}|\[(?P<open>\w+)\s|(?P<close>\])|(?P<text>[^{}\[\]]+)")
@@ -477,3 +477,50 @@ def english_ner(part: str = "all", seed: int = 0) -> Grammar:
         "number": [str(number) for number in range(100, 1000, 50)],
     }
     return Grammar(ENGLISH_RULES, names | common, unit="word")
+
+# %% ../../../nbs/00_foundations/data_generators.ipynb #c4808009
+NESTED_RULES: Rules = {
+    "sentence": [
+        (3, "The {name} {verb} the {name} ."),
+        (2, "In {place} , the {name} {verb} the {head} ."),
+        (2, "{person} , {role} at the {name} , {verb} the {left} {head} ."),
+        (2, "Yesterday the {name} and {person} {verb} a {role} ."),
+        "Nobody at the {name} or the {head} {head} {verb} {person} .",
+    ],
+    "name": [
+        (2, "{council}"),
+        (2, "{unit}"),
+        (2, "{person} {head}"),
+        (2, "{left} {person}"),
+        (2, "{company}"),
+        (2, "{place}"),
+        "{left} {person} {head}",
+        "{left} {company}",
+    ],
+    "place": [(2, "{plain_place}"), "[LOC {left} {plain_place}]"],
+    "plain_place": ["[LOC {stem} {place_after}]", "[LOC {place_before} {stem}]"],
+    "person": ["[PER {title} {stem}]", "[PER {first_name} {stem}]"],
+    "company": ["[ORG {stem} {company_suffix}]"],
+    "council": ["[ORG {place} {head}]"],
+    "unit": ["[UNIT {company} {head}]", "[UNIT {council} {head}]"],
+    "place_before": ["Port", "Lake", "Mount", "Saint", "Fort"],
+    "place_after": ["Bay", "Hill", "Valley", "Island", "Beach"],
+    "title": ["Doctor", "Professor", "Judge", "Captain", "Lady"],
+    "left": ["old", "new", "great", "local", "central"],
+    "head": ["council", "office", "board", "archive", "committee", "school"],
+}
+
+
+def nested_ner(part: str = "all", seed: int = 0) -> Grammar:
+    """English sentences of words whose LOC, ORG, PER and UNIT follow from the type of the name inside.
+
+    Args:
+        part: `"train"` or `"test"` for stems and first names that the other part does not have, or `"all"`.
+        seed: which names exist and how they are dealt (the sentences depend on `generate`'s seed).
+    """
+    given = _english_names(seed)
+    names = {"stem": lexicon_part(given["brand"], part, seed)}
+    names["first_name"] = lexicon_part(given["first_name"], part, seed)
+    lists = {"company_suffix": "en_company_suffixes", "role": "en_roles", "verb": "en_verbs"}
+    common = {name: word_list(file) for name, file in lists.items()}
+    return Grammar(NESTED_RULES, names | common, unit="word")

@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'Sentences', 'Span', 'spans_to_tags', 'split_tag', 'tags_to_spans', 'span_counts', 'f1_of_counts',
-           'scores_of_counts', 'span_scores', 'span_scores_by_type', 'entity_f1']
+           'scores_of_counts', 'span_scores', 'span_scores_by_type', 'overlapping', 'nested_counts', 'nested_prf',
+           'entity_f1']
 
 # %% ../../../nbs/00_foundations/metrics_spans.ipynb #25316523
 from collections import defaultdict
@@ -173,6 +174,59 @@ def span_scores_by_type(gold: Sentences, predicted: Sentences) -> dict[str, dict
         ]
         counts[kind] = span_counts(*only).sum(0)
     return {kind: scores_of_counts(row) | {"support": int(row[2])} for kind, row in counts.items()}
+
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #f246dd50
+def overlapping(spans: Iterable[tuple[int, int, str]]) -> set[tuple[int, int, str]]:
+    """Those of the different `spans` `(start, end, type)` that share a token with another one."""
+    ordered = sorted({tuple(span) for span in spans})
+    found = set()
+    for number, span in enumerate(ordered):
+        for other in ordered[number + 1 :]:
+            if other[0] >= span[1]:
+                break  # all further ones begin later still
+            found |= {span, other}
+    return found
+
+
+def nested_counts(gold: Sentences, predicted: Sentences) -> np.ndarray:
+    """Per sentence the counts behind `nested_prf`, `(num_sentences, 8)` integers.
+
+    The columns: for nested entities (gold ones found, gold ones, correct predictions, predictions), then the same four for flat ones.
+    Arguments and errors as those of `span_counts`.
+    """
+    span_counts(gold, predicted)  # checks
+    rows = []
+    for g, p in zip(gold, predicted, strict=True):
+        gold_set, found = ({tuple(span) for span in side} for side in (g, p))
+        correct, nested = gold_set & found, (overlapping(gold_set), overlapping(found))
+        kinds = (nested, (gold_set - nested[0], found - nested[1]))
+        rows.append(
+            [n for a, b in kinds for n in (len(a & correct), len(a), len(b & correct), len(b))]
+        )
+    return np.array(rows, dtype=np.int64).reshape(-1, 8)
+
+
+def nested_prf(gold: Sentences, predicted: Sentences) -> dict[str, float]:
+    """Precision and recall in [0, 1] over nested and over flat entities (0 where there are none).
+
+    Args:
+        gold: per sentence its spans `(start, end, type)`.
+        predicted: the same of the system.
+
+    Returns:
+        `{"nested_recall", "nested_precision", "flat_recall", "flat_precision"}`.
+
+    Raises:
+        ValueError: different numbers of sentences.
+    """
+    counts = nested_counts(gold, predicted).sum(0).reshape(2, 2, 2)
+    ratios = _ratio(counts[..., 0], counts[..., 1])
+    names = (("nested_recall", "nested_precision"), ("flat_recall", "flat_precision"))
+    return {
+        name: float(r)
+        for row, values in zip(names, ratios, strict=True)
+        for name, r in zip(row, values, strict=True)
+    }
 
 # %% ../../../nbs/00_foundations/metrics_spans.ipynb #77aad9b3
 def entity_f1(
