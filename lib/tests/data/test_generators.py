@@ -268,3 +268,40 @@ def test_brackets_become_spans(roots):
     for row in grammar.generate(2):
         found = [(e["start"], e["end"], grammar.labels[e["label"]]) for e in row["entities"]]
         assert sorted(found) == sorted(spans) and len(row["tokens"]) == position
+
+
+def test_the_type_of_a_nested_name_follows_from_the_name_inside():
+    rows = generators.nested_ner("train", seed=3).generate(400, seed=5)
+    names = rows.features["entities"].feature["label"].names
+    rules = generators.NESTED_RULES
+    heads, titles = set(rules["head"]), {"LOC": "ORG", "ORG": "UNIT"}
+    seen = set()
+    for row in rows:
+        kinds = {(e["start"], e["end"]): names[e["label"]] for e in row["entities"]}
+        assert len(kinds) == len(row["entities"])
+        for start, end in kinds:
+            follows = row["tokens"][end] if end < len(row["tokens"]) else ""
+            if follows in heads:  # a head makes a longer name of a place, or of what a place made
+                inner = kinds[start, end]
+                outermost_place = not any(s < start and e == end for s, e in kinds)
+                expected = titles.get(inner) if outermost_place else None
+                assert kinds.get((start, end + 1)) == expected
+                seen.add((inner, expected))
+    assert {("LOC", "ORG"), ("ORG", "UNIT"), ("PER", None)} <= seen
+
+
+def test_nested_names_of_test_are_not_in_training():
+    parts = {}
+    for part in ("train", "test"):
+        rows = generators.nested_ner(part, seed=1).generate(300, seed=2)
+        parts[part] = {
+            word for name in generators.entity_strings(rows, " ") for word in name.split()
+        }
+    stems = {word for word in parts["train"] & parts["test"] if word[0].isupper()}
+    known = {
+        w
+        for name in ("place_before", "place_after", "title")
+        for w in generators.NESTED_RULES[name]
+    }
+    known |= set(generators.word_list("en_company_suffixes"))
+    assert stems <= known

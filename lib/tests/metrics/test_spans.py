@@ -14,6 +14,9 @@ from compendium.metrics.spans import (
     Span,
     entity_f1,
     f1_of_counts,
+    nested_counts,
+    nested_prf,
+    overlapping,
     span_counts,
     span_scores,
     span_scores_by_type,
@@ -110,3 +113,48 @@ def test_bad_input_is_named():
         entity_f1([["O", "O"]], [["O"]])
     with pytest.raises(ValueError, match="1 gold sentences for 2"):
         span_scores([[]], [[], []])
+
+
+# --- nested and flat entities ----------------------------------------------------------------
+
+span_sets = st.sets(
+    st.tuples(st.integers(0, 6), st.integers(1, 4), st.sampled_from("XY")).map(
+        lambda t: (t[0], t[0] + t[1], t[2])
+    ),
+    max_size=7,
+)
+
+
+@given(span_sets)
+def test_overlapping_equals_its_definition(spans):
+    expected = {
+        a for a in spans if any(a != b and set(range(*a[:2])) & set(range(*b[:2])) for b in spans)
+    }
+    assert overlapping(spans) == expected
+    assert overlapping([*spans, *spans]) == expected
+
+
+@given(st.lists(st.tuples(span_sets, span_sets), min_size=1, max_size=4))
+def test_nested_and_flat_add_up(pairs):
+    gold, predicted = ([list(side) for side in sides] for sides in zip(*pairs, strict=True))
+    counts = nested_counts(gold, predicted)
+    total = span_counts(gold, predicted)
+    both = counts.reshape(len(pairs), 2, 4).sum(1)
+    assert (both == total[:, [0, 2, 0, 1]]).all()
+    scores = nested_prf(gold, predicted)
+    nested, flat = counts.sum(0)[:4], counts.sum(0)[4:]
+    for name, (found, of, correct, claimed) in (("nested", nested), ("flat", flat)):
+        assert scores[f"{name}_recall"] == (found / of if of else 0.0)
+        assert scores[f"{name}_precision"] == (correct / claimed if claimed else 0.0)
+
+
+def test_a_span_can_be_nested_on_one_side_only():
+    gold, predicted = [[(0, 3, "X"), (1, 2, "Y")]], [[(0, 3, "X"), (5, 6, "Y")]]
+    assert nested_prf(gold, predicted) == {
+        "nested_recall": 0.5,
+        "nested_precision": 0.0,
+        "flat_recall": 0.0,
+        "flat_precision": 0.5,
+    }
+    with pytest.raises(ValueError, match="1 gold sentences for 0"):
+        nested_prf(gold, [])
