@@ -321,17 +321,15 @@ class CNNNerPreTrainedModel(PreTrainedModel):
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
 
-# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #a75f155d
+# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #4d388c43
 class CNNNerForTokenPairs(CNNNerPreTrainedModel):
     """An encoder, span vectors, the convolution, and a score per span and type."""
 
-    def __init__(self, config: CNNNerConfig, encoder: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: CNNNerConfig) -> None:
         super().__init__(config)
-        if encoder is None and config.encoder_config is None:
+        if config.encoder_config is None:
             raise ValueError("encoder_config is missing; use CNNNerForTokenPairs.with_encoder(...)")
-        self.encoder = encoder or AutoModel.from_config(
-            AutoConfig.for_model(**config.encoder_config)
-        )
+        self.encoder = AutoModel.from_config(AutoConfig.for_model(**config.encoder_config))
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # a layer for whole sentences, which nothing here reads
         self.spans = SpanVectors(
@@ -352,11 +350,9 @@ class CNNNerForTokenPairs(CNNNerPreTrainedModel):
     @classmethod
     def with_encoder(cls, encoder: PreTrainedModel, **values: Any) -> "CNNNerForTokenPairs":
         """A new model on top of a pre-trained `encoder`; `values` are fields of `CNNNerConfig`."""
-        trained = {name: value.clone() for name, value in encoder.state_dict().items()}
-        config = CNNNerConfig(encoder_config=encoder.config.to_dict(), **values)
-        model = cls(config)
-        kept = {name: trained[name] for name in model.encoder.state_dict()}
-        model.encoder.load_state_dict(kept)
+        model = cls(CNNNerConfig(encoder_config=encoder.config.to_dict(), **values))
+        trained = encoder.state_dict()  # may have a pooler that the new model left out
+        model.encoder.load_state_dict({name: trained[name] for name in model.encoder.state_dict()})
         return model
 
     def refine(self, vectors: Tensor, lengths: Tensor) -> Tensor:
