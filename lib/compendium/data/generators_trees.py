@@ -116,7 +116,7 @@ class HeadedGrammar:
         sentence.hang(heads, heads[production.head])
         return heads[production.head]
 
-# %% ../../../nbs/00_foundations/data_generators_trees.ipynb #6049a8e6
+# %% ../../../nbs/00_foundations/data_generators_trees.ipynb #8ae60fc7
 POLARITIES = ("neutral", "positive", "negative")
 REVIEW_WORDS = {
     "aspect": ["screen", "service", "menu", "window", "server", "editor", "library", "table", "package", "document"],
@@ -129,12 +129,12 @@ REVIEW_WORDS = {
     "preposition": ["with", "of", "near"],
     "verb": ["use", "got", "found"],
     "who": ["we", "you"],
-    "room": ["room", "office"],
+    "room": ["box", "lab"],
     "contrast": ["unlike", "after"],
     "conjunction": ["while", "but"],
 }
 
-# %% ../../../nbs/00_foundations/data_generators_trees.ipynb #75aae32e
+# %% ../../../nbs/00_foundations/data_generators_trees.ipynb #86ac0d9c
 REVIEW_RULES = {
     "double": [
         "{subject} {copula} {adverb} *{opinion_a} .",
@@ -145,14 +145,11 @@ REVIEW_RULES = {
     "subject": ["the *{aspect_a} {modifier}"],
     "modifier": ["{preposition} *{attributive}", "{preposition} *{relative}"],
     "fronted": ["{contrast} *{attributive}", "{contrast} *{relative}"],
-    "attributive": [
-        "the {opinion_b} {filler} *{aspect_b}",
-        "the {opinion_b} {filler} {filler} *{aspect_b}",
-    ],
+    "attributive": ["the {opinion_b} {filler} *{aspect_b}"],
     "relative": ["the *{aspect_b} {predicate}"],
     "predicate": ["that {copula} {adverb} *{opinion_b}", "that {copula} *{opinion_b}"],
     "plain": ["the {filler} *{aspect_a}", "the *{aspect_a} {place}", "the *{aspect_a} {bought}"],
-    "place": ["in the *{room}", "in the {filler} *{room}"],
+    "place": ["in the *{room}"],
     "bought": ["that {who} *{verb}", "{who} *{verb} here"],
     "clause": [
         "{conjunction} {other} {copula} {adverb} *{opinion_b}",

@@ -101,11 +101,12 @@ def load_ud_english_pud(files: Files) -> DatasetDict:
     rows = list(read_conllu(files["PUD.conllu"]))
     return datasets.DatasetDict({"test": as_dataset(rows, features)})
 
-# %% ../../../nbs/00_foundations/data_loaders_trees.ipynb #22503c8c
+# %% ../../../nbs/00_foundations/data_loaders_trees.ipynb #2f67b385
 def json_array(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields `(line number, element)` of a file that holds one JSON array."""
     text = "\n".join(line for _, line in numbered_lines(path))
-    decoder, place, number = json.JSONDecoder(), text.find("[") + 1, 1
+    decoder, place = json.JSONDecoder(), text.find("[") + 1
+    number = 1 + text.count("\n", 0, place)
     while place > 0:
         while place < len(text) and text[place] in " \n\r\t,":
             number += text[place] == "\n"
