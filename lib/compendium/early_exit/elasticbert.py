@@ -268,7 +268,7 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #b89e826f
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #a2f675d1
 class ElasticBertForSequenceClassification(ElasticBertPreTrainedModel):
     """A classifier (or regressor, `num_labels=1`) at every exit."""
 
@@ -299,13 +299,10 @@ class ElasticBertForSequenceClassification(ElasticBertPreTrainedModel):
         logits = [self.head(layer, hidden) for layer, hidden in zip(exits, states, strict=True)]
         loss = None
         if labels is not None:
-            weight_of = dict(
-                zip(self.config.exits, self.config.exit_weights or [1.0] * 99, strict=False)
-            )
-            losses = [
-                task_loss(row, labels) * weight_of[e] for e, row in zip(exits, logits, strict=True)
-            ]
-            loss = sum(losses)
+            every = self.config.exit_weights or [1.0] * len(self.config.exits)
+            weights = dict(zip(self.config.exits, every, strict=True))
+            pairs = zip(exits, logits, strict=True)
+            loss = sum(weights[layer] * task_loss(row, labels) for layer, row in pairs)
         return ElasticBertOutput(loss=loss, logits=torch.stack(logits))
 
     @torch.no_grad()
