@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# %% ../../../nbs/00_foundations/models_early_exit.ipynb #8b93b909
+# %% ../../../nbs/00_foundations/models_early_exit.ipynb #a75a97c3
 def entropy(logits: Tensor, normalised: bool = False) -> Tensor:
     """Entropy of `softmax(logits)` over the last axis, in nats, or in [0, 1] as a part of log C.
 
@@ -32,8 +32,7 @@ def entropy(logits: Tensor, normalised: bool = False) -> Tensor:
         raise ValueError(
             "entropy needs logits of two classes or more; for a regression use PatienceExit(tolerance=…)"
         )
-    log_probabilities = logits.log_softmax(-1)
-    value = -(log_probabilities.exp() * log_probabilities).nan_to_num(0.0).sum(-1)
+    value = torch.special.entr(logits.softmax(-1)).sum(-1)
     return value / math.log(num_classes) if normalised else value
 
 # %% ../../../nbs/00_foundations/models_early_exit.ipynb #e9384fca
@@ -213,7 +212,7 @@ class Departures:
         self.logits[rows] = logits
         self.exit_layer[rows] = layer
 
-# %% ../../../nbs/00_foundations/models_early_exit.ipynb #df724af1
+# %% ../../../nbs/00_foundations/models_early_exit.ipynb #48aba5b5
 def run_with_exits(
     layers: Sequence[Layer],
     heads: Mapping[int, Head],
@@ -248,10 +247,11 @@ def run_with_exits(
             continue
         logits = heads[number](live.hidden)
         leaves, live.state = policy.step(logits, live.state)
-        if number == last or bool(leaves.all()):
+        num_leaving = len(live.rows) if number == last else int(leaves.sum())
+        if num_leaving == len(live.rows):
             done.write(number, live.rows, logits)
             break
-        if bool(leaves.any()):
+        if num_leaving:
             done.write(number, live.rows[leaves], logits[leaves])
             live = live.keep(~leaves)
             mask = expand_mask(live.mask, live.hidden)

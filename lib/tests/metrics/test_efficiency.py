@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compendium.metrics.efficiency import (
@@ -17,6 +17,7 @@ points = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, m
 
 
 @given(points)
+@settings(deadline=None)
 def test_front_is_what_nobody_dominates(cloud):
     def dominated(p):
         return any(a <= p[0] and b >= p[1] and (a, b) != p for a, b in cloud)
@@ -36,6 +37,7 @@ curves = st.lists(
 
 
 @given(curves)
+@settings(deadline=None)
 def test_the_reference_scores_nothing_against_itself(curve):
     assert elue_score(curve, curve) == pytest.approx(0.0, abs=1e-9)
     raised = [(x, y + 2.5) for x, y in curve]
@@ -50,6 +52,7 @@ def test_score_between_and_outside_of_the_points():
 
 
 @given(curves, st.floats(0, 100))
+@settings(deadline=None)
 def test_cost_at_is_the_first_place_of_that_quality(curve, quality):
     cost = cost_at(curve, quality)
     grid = np.linspace(min(x for x, _ in curve), max(x for x, _ in curve), 2001)
