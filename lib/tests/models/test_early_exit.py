@@ -172,9 +172,10 @@ def test_compaction_equals_every_row_alone(policy):
             torch.testing.assert_close(alone.logits[0], together.logits[row])
 
 
+@pytest.mark.parametrize("exits", [(1, 2, 4), (1, 2, 3, 4, 5)], ids=len)
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_running_equals_simulating(policy):
-    layers, heads, _ = encoder()
+def test_running_equals_simulating(policy, exits):
+    layers, heads, _ = encoder(exits=exits)
     hidden, mask, _ = some_batch()
     stored, states = [], hidden
     with torch.no_grad():
@@ -188,19 +189,32 @@ def test_running_equals_simulating(policy):
     torch.testing.assert_close(found.logits, take_exits(torch.stack(stored), chosen))
 
 
+class LongestFirst:
+    """Row i leaves at exit `wanted[i]`; its state must follow it."""
+
+    def __init__(self, wanted):
+        self.wanted = wanted
+
+    def step(self, logits, state):
+        state = state or {"wanted": self.wanted, "seen": torch.zeros_like(self.wanted)}
+        leaves = state["seen"] >= state["wanted"]
+        return leaves, {"wanted": state["wanted"], "seen": state["seen"] + 1}
+
+
 def test_finished_rows_and_their_padding_cost_nothing():
     layers, heads, calls = encoder()
     hidden, mask, lengths = some_batch()
+    wanted = torch.tensor([0 if n > 5 else 1 if n > 3 else 2 for n in lengths])
+    assert set(wanted.tolist()) == {0, 1, 2}, "the example must leave at every exit"
     with torch.no_grad():
-        found = run_with_exits(layers, heads, EntropyExit(0.3), hidden, mask, padding)
-    assert len(set(found.exit_layer.tolist())) > 1, "the example must leave at several layers"
+        found = run_with_exits(layers, heads, LongestFirst(wanted), hidden, mask, padding)
+    exit_layer = found.exit_layer.tolist()
+    assert exit_layer == [sorted(heads)[i] for i in wanted.tolist()]
     for number, rows, width in calls:
-        alive = [
-            n for n, left in zip(lengths, found.exit_layer.tolist(), strict=True) if left >= number
-        ]
+        alive = [n for n, left in zip(lengths, exit_layer, strict=True) if left >= number]
         assert (rows, width) == (len(alive), max(alive))
     assert found.rows_per_layer == [rows for _, rows, _ in calls]
-    assert max(number for number, _, _ in calls) == found.exit_layer.max()  # layer 5 has no exit
+    assert max(number for number, _, _ in calls) == max(exit_layer)  # layer 5 has no exit
 
 
 def test_mistakes_are_named():
