@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['TRIANGLES', 'pool_words', 'SpanLinear', 'SpanVectors', 'MaskedConv2d', 'ChannelNorm', 'SpanCNN', 'span_loss',
            'encode_words', 'SpanMatrixCollator', 'CNNNerConfig', 'CNNNerOutput', 'CNNNerPreTrainedModel',
-           'CNNNerForTokenPairs', 'parameter_groups', 'clashes', 'greedy', 'decode_spans', 'predict', 'split_at_stops']
+           'CNNNerLayers', 'CNNNerForTokenPairs', 'parameter_groups', 'clashes', 'greedy', 'decode_spans', 'predict',
+           'split_at_stops']
 
 # %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #e79572c4
 from collections.abc import Iterable, Sequence
@@ -321,9 +322,9 @@ class CNNNerPreTrainedModel(PreTrainedModel):
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
 
-# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #4d388c43
-class CNNNerForTokenPairs(CNNNerPreTrainedModel):
-    """An encoder, span vectors, the convolution, and a score per span and type."""
+# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #f4a9337a
+class CNNNerLayers(CNNNerPreTrainedModel):
+    """The layers of CNN-NER, from encoder to classifier; `CNNNerForTokenPairs` puts them to work."""
 
     def __init__(self, config: CNNNerConfig) -> None:
         super().__init__(config)
@@ -347,14 +348,6 @@ class CNNNerForTokenPairs(CNNNerPreTrainedModel):
         self.classifier = nn.Linear(config.num_channels, config.num_labels)
         self.post_init()
 
-    @classmethod
-    def with_encoder(cls, encoder: PreTrainedModel, **values: Any) -> "CNNNerForTokenPairs":
-        """A new model on top of a pre-trained `encoder`; `values` are fields of `CNNNerConfig`."""
-        model = cls(CNNNerConfig(encoder_config=encoder.config.to_dict(), **values))
-        trained = encoder.state_dict()  # may have a pooler that the new model left out
-        model.encoder.load_state_dict({name: trained[name] for name in model.encoder.state_dict()})
-        return model
-
     def refine(self, vectors: Tensor, lengths: Tensor) -> Tensor:
         """R + r: the span vectors `(batch, C, n, n)` with what the convolution makes of their neighbours."""
         if self.cnn is None:
@@ -363,6 +356,18 @@ class CNNNerForTokenPairs(CNNNerPreTrainedModel):
         mask = (real[:, :, None] & real[:, None, :])[:, None]
         image = self.logit_dropout(vectors.masked_fill(~mask, 0.0))
         return vectors + self.cnn(image, mask)
+
+# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #7b2fcac6
+class CNNNerForTokenPairs(CNNNerLayers):
+    """CNN-NER: an encoder, span vectors, the convolution, and a score for every span and type."""
+
+    @classmethod
+    def with_encoder(cls, encoder: PreTrainedModel, **values: Any) -> "CNNNerForTokenPairs":
+        """A new model on top of a pre-trained `encoder`; `values` are fields of `CNNNerConfig`."""
+        model = cls(CNNNerConfig(encoder_config=encoder.config.to_dict(), **values))
+        trained = encoder.state_dict()  # may have a pooler that the new model left out
+        model.encoder.load_state_dict({name: trained[name] for name in model.encoder.state_dict()})
+        return model
 
     def forward(
         self,
@@ -417,7 +422,7 @@ def clashes(
         return overlap
     return overlap & ~((starts <= start) & (end <= ends)) & ~((start <= starts) & (ends <= end))
 
-# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #ba7abf47
+# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #3273be3a
 def greedy(spans: np.ndarray, allow_nested: bool = True, legacy_clash: bool = False) -> np.ndarray:
     """Which of the spans are kept, boolean `(k,)`, when each must not clash with an earlier kept one.
 
@@ -432,7 +437,7 @@ def greedy(spans: np.ndarray, allow_nested: bool = True, legacy_clash: bool = Fa
         ).any()
     return kept
 
-
+# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #28012ca3
 def decode_spans(
     prob: Tensor,
     lengths: Tensor,
