@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['gradient_rescale', 'states_at_exits', 'cycle_exit_groups', 'ElasticBertConfig', 'check_exit_list', 'by_layer',
            'ElasticBertEncoder', 'ElasticBertPreTrainedModel', 'without_type', 'load_bert', 'take_weights',
-           'ElasticBertModel', 'ElasticBertOutput', 'task_loss', 'ElasticBertForSequenceClassification',
-           'ElasticBertPreTrainingOutput', 'ElasticBertForPreTraining', 'PretrainingBatches', 'pretraining_loss',
-           'classifier_from', 'Operation', 'operate']
+           'ElasticBertModel', 'ElasticBertOutput', 'task_loss', 'PrefixUse', 'ElasticBertForSequenceClassification',
+           'ElasticBertPreTrainingOutput', 'ElasticBertForPreTraining', 'HiddenNgrams', 'PretrainingBatches',
+           'pretraining_loss', 'classifier_from', 'Operation', 'operate']
 
 # %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #cbb44869
 import copy
@@ -268,8 +268,40 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #a2f675d1
-class ElasticBertForSequenceClassification(ElasticBertPreTrainedModel):
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #accfb616
+class PrefixUse:
+    """What a classifier with exits can do with its prefixes: leave early, or be cut."""
+
+    @torch.no_grad()
+    def early_exit(
+        self,
+        policy: ExitPolicy,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> EarlyExitOutput:
+        """Every row leaves at the exit that `policy` chooses; finished rows cost nothing more. In evaluation mode."""
+        base = self.elasticbert
+        hidden = base.embeddings(input_ids, token_type_ids)
+        heads = {layer: partial(self.head, layer) for layer in self.config.exits}
+        layers = list(base.encoder.layer)
+        return run_with_exits(layers, heads, policy, hidden, attention_mask, base.expand_mask)
+
+    def truncate(self, num_layers: int) -> "PrefixUse":
+        """A static model: a copy of the first `num_layers` layers with the exit that stands there."""
+        if num_layers not in self.config.exits:
+            raise ValueError(
+                f"there is no exit after layer {num_layers}, only after {self.config.exits}"
+            )
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers, config.exits, config.exit_weights = num_layers, [num_layers], None
+        model = type(self)(config).to(self.device, self.dtype)
+        wanted = model.state_dict()
+        model.load_state_dict({n: w for n, w in self.state_dict().items() if n in wanted})
+        return model.train(self.training)
+
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #5769482c
+class ElasticBertForSequenceClassification(PrefixUse, ElasticBertPreTrainedModel):
     """A classifier (or regressor, `num_labels=1`) at every exit."""
 
     def __init__(self, config: ElasticBertConfig) -> None:
@@ -305,35 +337,7 @@ class ElasticBertForSequenceClassification(ElasticBertPreTrainedModel):
             loss = sum(weights[layer] * task_loss(row, labels) for layer, row in pairs)
         return ElasticBertOutput(loss=loss, logits=torch.stack(logits))
 
-    @torch.no_grad()
-    def early_exit(
-        self,
-        policy: ExitPolicy,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> EarlyExitOutput:
-        """Every row leaves at the exit that `policy` chooses; finished rows cost nothing more. In evaluation mode."""
-        base = self.elasticbert
-        hidden = base.embeddings(input_ids, token_type_ids)
-        heads = {layer: partial(self.head, layer) for layer in self.config.exits}
-        layers = list(base.encoder.layer)
-        return run_with_exits(layers, heads, policy, hidden, attention_mask, base.expand_mask)
-
-    def truncate(self, num_layers: int) -> "ElasticBertForSequenceClassification":
-        """A static model: a copy of the first `num_layers` layers with the exit that stands there."""
-        if num_layers not in self.config.exits:
-            raise ValueError(
-                f"there is no exit after layer {num_layers}, only after {self.config.exits}"
-            )
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers, config.exits, config.exit_weights = num_layers, [num_layers], None
-        model = type(self)(config).to(self.device, self.dtype)
-        wanted = model.state_dict()
-        model.load_state_dict({n: w for n, w in self.state_dict().items() if n in wanted})
-        return model.train(self.training)
-
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #92c1f392
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #5e81a1ec
 @dataclass
 class ElasticBertPreTrainingOutput(ModelOutput):
     """`loss`, the sum over exits; `mlm_losses` and `order_losses` `(E,)` without gradient."""
@@ -342,7 +346,7 @@ class ElasticBertPreTrainingOutput(ModelOutput):
     mlm_losses: Tensor | None = None
     order_losses: Tensor | None = None
 
-
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #fa16a9cd
 class ElasticBertForPreTraining(ElasticBertPreTrainedModel):
     """Masked n-grams and sentence order at every exit."""
 
@@ -383,8 +387,31 @@ class ElasticBertForPreTraining(ElasticBertPreTrainedModel):
             loss, torch.stack(masked).detach(), torch.stack(order).detach() if order else None
         )
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #4ef46c6a
-class PretrainingBatches:
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #fd875522
+class HiddenNgrams:
+    """Draws which tokens to hide; see `PretrainingBatches`."""
+
+    def __init__(self, tokenizer: Any, mask_rate: float, max_ngram: int = 3, seed: int = 0) -> None:
+        self.tokenizer, self.mask_rate = tokenizer, mask_rate
+        self.special = torch.tensor(tokenizer.all_special_ids)
+        self.chances = 1 / torch.arange(1, max_ngram + 1)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def hidden_ngrams(self, shape: Sequence[int]) -> Tensor:
+        """Which of `(batch, length)` places are inside a hidden n-gram."""
+        share = self.chances / self.chances.sum()
+        sizes = torch.arange(1, len(share) + 1)
+        drawn = torch.multinomial(share, shape[0] * shape[1], True, generator=self.generator)
+        rate = self.mask_rate / (share * sizes).sum()
+        starts = torch.rand(tuple(shape), generator=self.generator) < rate
+        reach = starts * (1 + drawn.view(*shape))
+        hidden = reach > 0
+        for back in range(1, len(share)):
+            hidden[:, back:] |= reach[:, :-back] > back
+        return hidden
+
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #aab711bd
+class PretrainingBatches(HiddenNgrams):
     """Collates blocks `(length,)` of token ids: two segments in or out of order, with hidden n-grams.
 
     Args:
@@ -393,12 +420,6 @@ class PretrainingBatches:
         max_ngram: the longest n-gram; 1 hides single tokens.
         seed: of its own generator.
     """
-
-    def __init__(self, tokenizer: Any, mask_rate: float, max_ngram: int = 3, seed: int = 0) -> None:
-        self.tokenizer, self.mask_rate = tokenizer, mask_rate
-        self.special = torch.tensor(tokenizer.all_special_ids)
-        self.chances = 1 / torch.arange(1, max_ngram + 1)
-        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, blocks: Sequence[Tensor]) -> dict[str, Tensor]:
         """A batch with `input_ids`, `token_type_ids`, `labels` (-100: not hidden) and `order_labels` (1: exchanged)."""
@@ -425,19 +446,6 @@ class PretrainingBatches:
         ids = torch.cat([blocks[:, :1], a, sep, b, sep], 1)
         token_types = (torch.arange(ids.shape[1]) > half + 1).long().expand_as(ids)
         return ids, token_types, swapped
-
-    def hidden_ngrams(self, shape: Sequence[int]) -> Tensor:
-        """Which of `(batch, length)` places are inside a hidden n-gram."""
-        share = self.chances / self.chances.sum()
-        sizes = torch.arange(1, len(share) + 1)
-        drawn = torch.multinomial(share, shape[0] * shape[1], True, generator=self.generator)
-        rate = self.mask_rate / (share * sizes).sum()
-        starts = torch.rand(tuple(shape), generator=self.generator) < rate
-        reach = starts * (1 + drawn.view(*shape))
-        hidden = reach > 0
-        for back in range(1, len(share)):
-            hidden[:, back:] |= reach[:, :-back] > back
-        return hidden
 
 # %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #5f1e8640
 def pretraining_loss(groups: Sequence[Sequence[int]]) -> Any:
