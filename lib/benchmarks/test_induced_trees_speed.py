@@ -1,7 +1,7 @@
 """Perturbed masking: forward passes and wall time against the double loop over ordered pairs, equal output.
 
-The peer is the definition as a batched program: for every word i and every word j one pass for x∖{i} and one for
-x∖{i, j}. A fairer peer computes x∖{i} once per word; both are measured in the same run.
+The peer is the definition as a batched program: for every word i and every other word j one pass for x∖{i} and one for
+x∖{i, j}. A second peer computes x∖{i} once per word; all are measured in the same run.
 """
 
 import time
@@ -62,11 +62,12 @@ class Passes:
 
 
 def double_loop(model, tokenizer, words, reuse):
-    """F as its definition says; with `reuse`, x∖{i} once per word instead of once per pair."""
+    """F as its definition says, i ≠ j; with `reuse`, x∖{i} once per word instead of once per pair."""
     encoded, n = encode_words(tokenizer, words), len(words)
     owner, ids = np.array(encoded.owner), np.array(encoded.input_ids)
-    wanted = [(i, {i}) for i in range(1, n + 1) for _ in range(1 if reuse else n)]
-    wanted += [(i, {i, j}) for i in range(1, n + 1) for j in range(1, n + 1)]
+    pairs = [(i, j) for i in range(1, n + 1) for j in range(1, n + 1) if i != j]
+    wanted = [(i, {i}) for i in range(1, n + 1) for _ in range(1 if reuse else n - 1)]
+    wanted += [(i, {i, j}) for i, j in pairs]
     rows = [np.where(np.isin(owner, list(h)), tokenizer.mask_token_id, ids) for _, h in wanted]
     inputs, states = torch.from_numpy(np.stack(rows)).to(DEVICE), []
     with torch.no_grad():
@@ -74,19 +75,21 @@ def double_loop(model, tokenizer, words, reuse):
             batch = inputs[start : start + BATCH]
             mask = torch.ones_like(batch)
             output = model(input_ids=batch, attention_mask=mask, output_hidden_states=True)
-            for row, (i, _) in zip(
-                output.hidden_states[LAYER], wanted[start : start + BATCH], strict=True
-            ):
+            places = wanted[start : start + BATCH]
+            for row, (i, _) in zip(output.hidden_states[LAYER], places, strict=True):
                 states.append(row[torch.from_numpy(owner == i).to(DEVICE)].mean(0))
     states = torch.stack(states)
-    alone = states[: -n * n].view(n, -1, states.shape[-1])
-    return (alone - states[-n * n :].view(n, n, -1)).norm(dim=-1).cpu().numpy()
+    alone = states[: -len(pairs)].view(n, -1, states.shape[-1])
+    impact = np.zeros((n, n))
+    apart = (alone - states[-len(pairs) :].view(n, n - 1, -1)).norm(dim=-1)
+    impact[tuple(np.array(pairs).T - 1)] = apart.cpu().numpy().ravel()
+    return impact
 
 
 def timed(function):
     function()
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.perf_counter()
         result = function()
         if DEVICE.type == "cuda":
@@ -119,7 +122,8 @@ def test_half_the_passes_of_the_double_loop(zoo):
         np.testing.assert_allclose(ours[1:, 1:], naive, atol=5e-4)
         np.testing.assert_allclose(reuse, naive, atol=5e-4)
     assert rows["ours"] == sum(len(words) * (len(words) + 1) // 2 for words in SENTENCES)
-    assert rows["reuse"] / rows["ours"] >= 2.0
-    assert rows["naive"] / rows["ours"] >= 3.5
-    assert seconds["naive"] / seconds["ours"] >= 3.0
-    assert seconds["reuse"] / seconds["ours"] >= 1.7
+    assert rows["naive"] == sum(2 * len(words) * (len(words) - 1) for words in SENTENCES)
+    assert rows["naive"] / rows["ours"] >= 3.0
+    assert rows["reuse"] / rows["ours"] >= 1.75
+    assert seconds["naive"] / seconds["ours"] >= 2.5
+    assert seconds["reuse"] / seconds["ours"] >= 1.4

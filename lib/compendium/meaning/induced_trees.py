@@ -5,8 +5,8 @@ __all__ = ['METRICS', 'ALGORITHMS', 'ROOTS', 'EncodedWords', 'special_ids', 'enc
            'AspectPoolClassifier', 'padded', 'AspectCollator', 'word_pairs', 'masked_inputs', 'find_blocks',
            'interrupted_at', 'layer_number', 'states_at', 'mean_states', 'impact_of', 'grouped_by_length', 'Passes',
            'impact_matrices', 'run_passes', 'impact_matrix', 'decode_tree', 'TreeInducer', 'adjacency_of',
-           'distances_to', 'SentenceEncoder', 'proximity', 'PWCN', 'classified', 'GraphLayer', 'sentence_distance',
-           'ASGCN', 'TreeCollator', 'word_vectors']
+           'distances_to', 'reversed_within', 'SentenceEncoder', 'proximity', 'PWCN', 'classified', 'GraphLayer',
+           'sentence_distance', 'ASGCN', 'TreeCollator', 'word_vectors']
 
 # %% ../../../nbs/03_meaning/02_induced_trees.ipynb #af7d5692
 from collections.abc import Iterable, Iterator, Sequence
@@ -473,24 +473,33 @@ def distances_to(aspect_mask: Tensor, heads: Tensor) -> Tensor:
         reached = reached | new
     return distance
 
-# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #78b24c95
+# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #ee097a83
+def reversed_within(rows: Tensor, mask: Tensor) -> Tensor:
+    """The real steps of each row `(batch, n, dim)` in reverse order; padding stays behind."""
+    place, lengths = torch.arange(mask.shape[1], device=mask.device), mask.sum(1, keepdim=True)
+    index = torch.where(place < lengths, lengths - 1 - place, place)
+    return rows.gather(1, index[..., None].expand_as(rows))
+
+
 class SentenceEncoder(nn.Module):
-    """Dropout and a BiLSTM over word vectors `(batch, n, dim)`; states `(batch, n, 2 · hidden)`, 0 on padding."""
+    """Dropout and a BiLSTM over word vectors `(batch, n, dim)`; states `(batch, n, 2 · hidden)`, 0 on padding.
+
+    Two LSTMs over padded rows, the second over reversed ones: equal to a packed bidirectional LSTM, and
+    about twice as fast on a CPU, where packed sequences are walked step by step.
+    """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.lstm = nn.LSTM(dim, hidden, batch_first=True, bidirectional=True)
+        self.forwards = nn.LSTM(dim, hidden, batch_first=True)
+        self.backwards = nn.LSTM(dim, hidden, batch_first=True)
 
     def forward(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        lengths = mask.sum(1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.dropout(vectors), lengths, batch_first=True, enforce_sorted=False
-        )
-        states, _ = nn.utils.rnn.pad_packed_sequence(
-            self.lstm(packed)[0], batch_first=True, total_length=mask.shape[1]
-        )
-        return states
+        vectors = self.dropout(vectors)
+        right, _ = self.forwards(vectors)
+        left, _ = self.backwards(reversed_within(vectors, mask))
+        states = torch.cat([right, reversed_within(left, mask)], dim=-1)
+        return states * mask[..., None]
 
 
 def proximity(distance: Tensor, mask: Tensor, aspect_mask: Tensor) -> Tensor:

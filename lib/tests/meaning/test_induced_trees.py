@@ -20,6 +20,7 @@ from compendium.meaning.induced_trees import (
     AspectPoolClassifier,
     AspectPoolConfig,
     GraphLayer,
+    SentenceEncoder,
     TreeCollator,
     TreeInducer,
     adjacency_of,
@@ -442,12 +443,25 @@ def test_tree_models_ignore_padding_and_direction(kind, device):
     assert everything.isfinite().all()
 
 
+def test_two_lstms_equal_a_packed_bidirectional_one():
+    torch.manual_seed(0)
+    ours, lengths = SentenceEncoder(6, 5, dropout=0.0), torch.tensor([7, 1, 4])
+    theirs = torch.nn.LSTM(6, 5, batch_first=True, bidirectional=True)
+    weights = {name: value for name, value in ours.forwards.state_dict().items()}
+    weights |= {f"{name}_reverse": value for name, value in ours.backwards.state_dict().items()}
+    theirs.load_state_dict(weights)
+    vectors, mask = torch.randn(3, 7, 6), torch.arange(7) < lengths[:, None]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(vectors, lengths, True, enforce_sorted=False)
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(theirs(packed)[0], batch_first=True)
+    torch.testing.assert_close(ours(vectors, mask), expected)
+
+
 def test_pwcn_by_its_equation():
     torch.manual_seed(0)
     model = PWCN(6, 5).eval()
     heads = np.array([2, 0, 2, 3, 0])  # the last word is connected to nothing
     row = tree_example(5, heads)
-    states, _ = model.encoder.lstm(row["vectors"][None])
+    states = model.encoder(row["vectors"][None], torch.ones(1, 5, dtype=torch.bool))
     distance = torch.tensor([1.0, 0.0, 1.0, 2.0, 2.5])
     weights = (1 - distance / 4) * torch.tensor([1.0, 0, 1, 1, 1])
     features = F.relu(model.convolution((states * weights[None, :, None]).transpose(1, 2)))
@@ -460,7 +474,7 @@ def test_asgcn_by_its_equation():
     torch.manual_seed(0)
     model = ASGCN(6, 5).eval()
     row = tree_example(4, np.array([2, 0, 2, 3]))
-    h = model.encoder.lstm(row["vectors"][None])[0][0]
+    h = model.encoder(row["vectors"][None], torch.ones(1, 4, dtype=torch.bool))[0]
     arcs = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]])
     p = torch.tensor([2 / 3, 0.0, 2 / 3, 1 / 3])[:, None]
     x = h
