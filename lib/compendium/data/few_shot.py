@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['SLOTS', 'HIDDEN_KEY_TASKS', 'RESERVED', 'HiddenKeyTask', 'HiddenKeyWorld', 'PromptBatch', 'sample_prompts']
 
-# %% ../../../nbs/00_foundations/data_few_shot.ipynb #7e164638
+# %% ../../../nbs/00_foundations/data_few_shot.ipynb #5fa5f9f9
 SLOTS = ("subject", "verb", "object", "place")
 
 
@@ -28,12 +28,12 @@ class HiddenKeyTask(NamedTuple):
 
 
 HIDDEN_KEY_TASKS = (
-    HiddenKeyTask("team", "subject", "Team of the subject:", ("red", "green", "blue", "black")),
-    HiddenKeyTask("rank", "subject", "Rank of the subject:", ("low", "middle", "high", "top")),
-    HiddenKeyTask("side", "object", "Side of the object:", ("left", "right", "front", "back")),
-    HiddenKeyTask("price", "object", "Price of the object:", ("cheap", "fair", "dear", "free")),
+    HiddenKeyTask("group", "subject", "subject group", ("first", "second", "third", "last")),
+    HiddenKeyTask("level", "subject", "subject level", ("low", "middle", "high", "top")),
+    HiddenKeyTask("side", "object", "object side", ("left", "right", "front", "back")),
+    HiddenKeyTask("state", "object", "object state", ("open", "closed", "free", "locked")),
 )
-RESERVED = {word for task in HIDDEN_KEY_TASKS for word in (task.name, *task.labels)}
+RESERVED = {word for task in HIDDEN_KEY_TASKS for word in (task.name, *task.labels)} | set(SLOTS)
 
 # %% ../../../nbs/00_foundations/data_few_shot.ipynb #7a5f35ef
 class HiddenKeyWorld:

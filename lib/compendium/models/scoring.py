@@ -75,7 +75,7 @@ def logits_at(model: Any, input_ids: Tensor, places: Tensor, linear: bool) -> Te
         return model.get_output_embeddings()(hidden.flatten(0, 1)[places]).float()
     return model(input_ids=input_ids).logits.flatten(0, 1)[places].float()
 
-# %% ../../../nbs/00_foundations/models_scoring.ipynb #404e71b3
+# %% ../../../nbs/00_foundations/models_scoring.ipynb #60a0df14
 class LanguageModelScorer:
     """Log-probabilities of continuations under a causal language model, batched and remembered.
 
@@ -100,6 +100,7 @@ class LanguageModelScorer:
         self.max_length = max_length or getattr(model.config, "max_position_embeddings", None)
         self.linear = head_is_linear(model)
         self.memory: dict[tuple[str, str], tuple[float, int]] = {}
+        self.lengths: dict[str, int] = {}
         self.asked = self.computed = 0  # pairs, over the life of the scorer
 
     def encode(self, texts: Sequence[str]) -> dict[str, list[int]]:
@@ -109,6 +110,12 @@ class LanguageModelScorer:
             return {}
         ids = self.tokenizer(different, add_special_tokens=False)["input_ids"]
         return dict(zip(different, ids, strict=True))
+
+    def count_tokens(self, text: str) -> int:
+        """The number of tokens of `text`, without special tokens."""
+        if text not in self.lengths:
+            self.lengths[text] = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.lengths[text]
 
     def log_likelihood(
         self, contexts: Sequence[str], continuations: Sequence[str], average: bool = False
