@@ -342,7 +342,7 @@ def test_pooling_is_the_maximum_over_the_aspect():
         pooled = torch.stack(
             [states[0, 3:5].amax(0), states[0, 6:8].amax(0), states[1, 3:5].amax(0)]
         )
-        expected = model.classifier(F.relu(model.hidden(pooled)))
+        expected = model.head.classifier(F.relu(model.head.hidden(pooled)))
         torch.testing.assert_close(model(**batch).logits, expected)
     assert batch["aspect_mask"].sum(1).tolist() == [2, 2, 2]
     one_each = {name: batch[name][[0, 1]] for name in ("input_ids", "attention_mask")}
@@ -529,7 +529,10 @@ def test_the_papers_models_fit(family, sizes):
         assert states_at(model.encoder, ids, None, 11).shape == (2, 30, 768)
     expected = {"roberta": 124_645_632, "bert": 109_482_240, "xlm-roberta": 278_043_648}[family]
     assert sum(p.numel() for p in model.encoder.parameters()) == expected
-    assert model.hidden.weight.shape == (768, 768) and model.classifier.weight.shape == (3, 768)
+    assert model.head.hidden.weight.shape == (768, 768) and model.head.classifier.weight.shape == (
+        3,
+        768,
+    )
 
 
 def test_the_paper_preset_says_what_the_logs_say(checkout):
