@@ -599,10 +599,10 @@ class CausalLM(PromptedLM):
         last = states[rows, batch["positions"].repeat(times)]
         return self.model.lm_head(self.norm(last))[:, self.label_ids]
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #4700916c
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #007004fc
 def mean_pooled(states: Tensor, attention_mask: Tensor) -> Tensor:
     """The mean of the states `(batch, length, D)` over the tokens that are no padding, of length 1: `(batch, D)`."""
-    weights = attention_mask[..., None].to(states.dtype)
+    states, weights = states.float(), attention_mask[..., None].float()  # half is too coarse here
     return nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
 
 
