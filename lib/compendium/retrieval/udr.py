@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'WEIGHTS', 'SAMPLINGS', 'Example', 'Task', 'question', 'continuation', 'demonstration', 'build_icl_prompt',
-           'DemonstrationBiEncoderConfig', 'DemonstrationBiEncoder', 'LMScorer', 'rank_of_scores', 'pair_weights',
-           'listwise_rank_loss', 'in_batch_loss', 'own_block', 'udr_loss', 'TemperatureTaskSampler',
-           'initial_candidates', 'without_gaps', 'sample_list', 'EncodedTask', 'trimmed', 'encode_all', 'UDRSettings',
-           'rate_factor', 'UDRTrainer', 'CandidateLists', 'DemonstrationRetriever']
+           'DemonstrationBiEncoderConfig', 'pooled', 'DemonstrationBiEncoder', 'bi_encoder_from', 'LMScorer',
+           'rank_of_scores', 'pair_weights', 'listwise_rank_loss', 'in_batch_loss', 'own_block', 'udr_loss',
+           'TemperatureTaskSampler', 'initial_candidates', 'without_gaps', 'sample_list', 'tokens_of', 'EncodedTask',
+           'trimmed', 'encode_all', 'UDRSettings', 'rate_factor', 'mine_candidates', 'Stretch', 'train_on_lists',
+           'UDRTrainer', 'CandidateLists', 'DemonstrationRetriever']
 
 # %% ../../../nbs/06_retrieval/02_udr.ipynb #27ec633e
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,14 +26,14 @@ from ..models.index import BM25Index, DenseIndex
 from ..models.scoring import LanguageModelScorer
 from ..training.loop import TrainingConfig, train
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #2728f368
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #abc36f8c
 class Example(NamedTuple):
     """A question and its answer."""
 
     text: str
     answer: str
 
-
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #60d90c6c
 @dataclass
 class Task:
     """Solved examples and how to show them.
@@ -144,12 +145,19 @@ class DemonstrationBiEncoderConfig(PretrainedConfig):
         self.pooling, self.shared = pooling, shared
         super().__init__(**kwargs)
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #d138d75e
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #3d9581dd
+def pooled(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """One vector `(batch, hidden)` per row of `hidden` `(batch, length, hidden)`: its first, or the mean of those not masked."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = attention_mask.to(hidden.dtype)[..., None]
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #96916eb6
 class DemonstrationBiEncoder(PreTrainedModel):
     """Scores how useful a demonstration is for a query (section 3.2 of the paper)."""
 
     config_class = DemonstrationBiEncoderConfig
-    base_model_prefix = "bi_encoder"
 
     def __init__(self, config: DemonstrationBiEncoderConfig) -> None:
         super().__init__(config)
@@ -162,39 +170,16 @@ class DemonstrationBiEncoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The encoders initialise themselves."""
 
-    @classmethod
-    def from_encoder(
-        cls, name: str, num_layers: int | None = None, **options: Any
-    ) -> "DemonstrationBiEncoder":
-        """Both sides start from the pre-trained encoder `name` (zoo, folder or hub), cut to `num_layers`.
-
-        `options` are those of `DemonstrationBiEncoderConfig`.
-        """
-        from compendium.zoo.store import load_model
-
-        encoder = load_model(name, **({"num_hidden_layers": num_layers} if num_layers else {}))
-        inner = encoder.config.to_diff_dict() | {"model_type": encoder.config.model_type}
-        model = cls(DemonstrationBiEncoderConfig(inner, **options))
-        for side in (model.query_encoder, model.demo_encoder):
-            if side is not None:
-                side.load_state_dict(encoder.state_dict())
-        return model
-
-    def _vectors(self, encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.config.pooling == "cls":
-            return hidden[:, 0]
-        weights = attention_mask.to(hidden.dtype)[..., None]
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-
     def encode_query(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """$E_q$: `(batch, length)` -> `(batch, hidden)`."""
-        return self._vectors(self.query_encoder, input_ids, attention_mask)
+        hidden = self.query_encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return pooled(hidden, attention_mask, self.config.pooling)
 
     def encode_demo(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """$E_d$: `(batch, length)` -> `(batch, hidden)`."""
         encoder = self.query_encoder if self.demo_encoder is None else self.demo_encoder
-        return self._vectors(encoder, input_ids, attention_mask)
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return pooled(hidden, attention_mask, self.config.pooling)
 
     def similarity(self, queries: Tensor, demos: Tensor) -> Tensor:
         """Inner products `(num_queries, num_demos)` of encoded queries and demonstrations."""
@@ -208,14 +193,30 @@ class DemonstrationBiEncoder(PreTrainedModel):
         demo_attention_mask: Tensor,
         demo_index: Tensor | None = None,
     ) -> Tensor:
-        """Similarity of every query of a batch with every demonstration of it.
-
-        `demo_index`: which rows of the demonstrations to answer for, with repetition, so that one which is a candidate of
-        several queries is encoded once.
-        """
+        """Similarity of all queries with all demonstrations, or with those rows of them that `demo_index` names."""
         queries = self.encode_query(query_input_ids, query_attention_mask)
         found = self.similarity(queries, self.encode_demo(demo_input_ids, demo_attention_mask))
         return found if demo_index is None else found[:, demo_index]
+
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #c5ba21b1
+def bi_encoder_from(
+    name: str, num_layers: int | None = None, **options: Any
+) -> DemonstrationBiEncoder:
+    """A bi-encoder whose sides both start from the pre-trained encoder `name` (zoo, folder or hub).
+
+    Args:
+        num_layers: keep only this many of the lowest layers.
+        options: those of `DemonstrationBiEncoderConfig`.
+    """
+    from compendium.zoo.store import load_model
+
+    encoder = load_model(name, **({"num_hidden_layers": num_layers} if num_layers else {}))
+    inner = encoder.config.to_diff_dict() | {"model_type": encoder.config.model_type}
+    model = DemonstrationBiEncoder(DemonstrationBiEncoderConfig(inner, **options))
+    for side in (model.query_encoder, model.demo_encoder):
+        if side is not None:
+            side.load_state_dict(encoder.state_dict())
+    return model
 
 # %% ../../../nbs/06_retrieval/02_udr.ipynb #56510193
 class LMScorer:
@@ -373,7 +374,7 @@ class TemperatureTaskSampler(Sampler):
         for _ in range(self.num_batches):
             yield self._draw(int(self.rng.choice(len(self.sizes), p=self.probabilities)))
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #e94fcd18
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #41db3206
 SAMPLINGS = ("uniform", "structured", "extremes")
 
 
@@ -395,7 +396,7 @@ def without_gaps(candidates: np.ndarray, num_train: int) -> np.ndarray:
         )
     return kept
 
-
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #9050cc62
 def sample_list(
     scores: np.ndarray, size: int, sampling: str, rng: np.random.Generator, edge: int = 5
 ) -> np.ndarray:
@@ -420,7 +421,13 @@ def sample_list(
         places = [rng.integers(min(edge, worst[0])), *rng.permutation(worst)[: size - 1]]
     return order[np.sort(places)]
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #0957b21f
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #3b74179c
+def tokens_of(texts: Sequence[str], tokenizer: Any, max_length: int) -> Mapping[str, Tensor]:
+    """`input_ids` and `attention_mask` `(num_texts, length)`, cut to `max_length` tokens."""
+    options = dict(padding=True, truncation=True, max_length=max_length)
+    return tokenizer(list(texts), return_tensors="pt", **options)
+
+
 class EncodedTask:
     """The queries and demonstrations of a task as padded token ids.
 
@@ -430,10 +437,10 @@ class EncodedTask:
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int = 256) -> None:
         self.task = task
-        options = dict(padding=True, truncation=True, max_length=max_length, return_tensors="pt")
         queries = [task.query_text(example.text) for example in task.queries]
         demos = [task.demo_text(example) for example in task.train]
-        self.queries, self.demos = tokenizer(queries, **options), tokenizer(demos, **options)
+        self.queries = tokens_of(queries, tokenizer, max_length)
+        self.demos = tokens_of(demos, tokenizer, max_length)
 
 
 def trimmed(part: Mapping[str, Tensor], rows: Tensor, name: str) -> dict[str, Tensor]:
@@ -445,7 +452,7 @@ def trimmed(part: Mapping[str, Tensor], rows: Tensor, name: str) -> dict[str, Te
         f"{name}_attention_mask": mask[:, :length],
     }
 
-
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #c9c64c4c
 @torch.no_grad()
 def encode_all(
     encode: Callable[[Tensor, Tensor], Tensor],
@@ -483,20 +490,76 @@ class UDRSettings:
     max_length: int = 256
     mixed_precision: str = "auto"
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #c459218e
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #bbda0391
 def rate_factor(step: int, warmup: int, total: int) -> float:
     """The learning rate of `step` as a part of its peak: a linear rise, then a linear fall to 0 at `total`."""
     return min(1.0, (step + 1) / max(1, warmup)) * max(0.0, 1 - step / total)
 
 
-class UDRTrainer:
-    """Trains a bi-encoder from the feedback of a language model.
+def mine_candidates(
+    model: DemonstrationBiEncoder, encoded: EncodedTask, num_candidates: int
+) -> np.ndarray:
+    """The K nearest demonstrations of every training query under the current encoders, itself left out."""
+    model.eval()
+    queries = encode_all(model.encode_query, encoded.queries, model.device)
+    demos = encode_all(model.encode_demo, encoded.demos, model.device)
+    found = DenseIndex(demos).search(queries, num_candidates, exclude=range(len(queries))).ids
+    return without_gaps(found, len(encoded.task.train))
 
-    Args:
-        model, tokenizer: the retriever.
-        scorer: the language model that ranks candidates.
-        settings: see `UDRSettings`.
-        seed: of the batches and of the lists.
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #ff58c811
+@dataclass(frozen=True)
+class Stretch:
+    """The steps of one iteration: how many, how many there were before, how many there are in all."""
+
+    steps: int
+    before: int
+    total: int
+
+    @classmethod
+    def of(cls, settings: UDRSettings, iteration: int, iterations: int) -> "Stretch":
+        """The steps of `iteration`, counted from 0."""
+        steps = settings.steps if iteration else settings.first_steps
+        before = settings.first_steps + settings.steps * (iteration - 1) if iteration else 0
+        return cls(steps, before, settings.first_steps + settings.steps * (iterations - 1))
+
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #feba267e
+def train_on_lists(
+    model: DemonstrationBiEncoder,
+    lists: "CandidateLists",
+    stretch: Stretch,
+    seed: int,
+    log: Callable[..., None] | None = None,
+) -> None:
+    """Update `model` on lists of candidates for one iteration, in batches of one task."""
+    options, sizes = lists.settings, [len(scores) for scores in lists.scores]
+    config = TrainingConfig(
+        num_steps=stretch.steps,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        schedule=lambda step: rate_factor(
+            stretch.before + step, options.warmup_steps, stretch.total
+        ),
+        clip_norm=options.clip_norm,
+        mixed_precision=options.mixed_precision,
+        seed=seed,
+        device=model.device.type,
+    )
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "rank"}
+        similarity = model(**inputs).float()
+        return udr_loss(similarity, batch["rank"], options.lam, options.weight, options.reduction)
+
+    sampler = TemperatureTaskSampler(
+        sizes, options.batch_size, stretch.steps, options.alpha, seed + stretch.before
+    )
+    train(model, lists, config, loss=loss, collate=lists.collate, batch_sampler=sampler, log=log)
+
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #4e418897
+class UDRTrainer:
+    """Trains the retriever `model` with its `tokenizer` from the feedback of a language model, the `scorer`.
+
+    `seed` determines the batches and lists. `rounds` keeps, per iteration, each task's mean score of its candidates.
     """
 
     def __init__(
@@ -509,19 +572,11 @@ class UDRTrainer:
     ) -> None:
         self.model, self.tokenizer, self.scorer = model, tokenizer, scorer
         self.settings, self.seed = settings or UDRSettings(), seed
-        self.rounds: list[
-            dict[str, float]
-        ] = []  # per iteration and task: mean score of the candidates
-        self.rng = np.random.default_rng([seed, 1])
+        self.rounds, self.rng = [], np.random.default_rng([seed, 1])
 
     def mine(self, encoded: EncodedTask) -> np.ndarray:
-        """The K nearest demonstrations of every training query under the current encoders, itself left out."""
-        self.model.eval()
-        queries = encode_all(self.model.encode_query, encoded.queries, self.model.device)
-        demos = encode_all(self.model.encode_demo, encoded.demos, self.model.device)
-        index = DenseIndex(demos)
-        found = index.search(queries, self.settings.num_candidates, exclude=range(len(queries))).ids
-        return without_gaps(found, len(encoded.task.train))
+        """See `mine_candidates`; `(num_queries, K)`."""
+        return mine_candidates(self.model, encoded, self.settings.num_candidates)
 
     def score(self, task: Task, candidates: np.ndarray) -> np.ndarray:
         """The language model's score of every candidate, `(num_queries, K)`."""
@@ -542,50 +597,9 @@ class UDRTrainer:
             means = {t.name: float(s.mean()) for t, s in zip(tasks, scores, strict=True)}
             self.rounds.append({"iteration": iteration, **means})
             lists = CandidateLists(encoded, candidates, scores, self.settings, self.rng)
-            self._train(lists, iteration, iterations, log)
+            stretch = Stretch.of(self.settings, iteration, iterations)
+            train_on_lists(self.model, lists, stretch, self.seed, log)
         return self
-
-    def _train(
-        self,
-        lists: "CandidateLists",
-        iteration: int,
-        iterations: int,
-        log: Callable[..., None] | None,
-    ) -> None:
-        settings = self.settings
-        num_steps = settings.steps if iteration else settings.first_steps
-        before = settings.first_steps + settings.steps * (iteration - 1) if iteration else 0
-        total = settings.first_steps + settings.steps * (iterations - 1)
-        sizes = [len(scores) for scores in lists.scores]
-        sampler = TemperatureTaskSampler(
-            sizes, settings.batch_size, num_steps, settings.alpha, self.seed + iteration
-        )
-        config = TrainingConfig(
-            num_steps=num_steps,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            schedule=lambda step: rate_factor(before + step, settings.warmup_steps, total),
-            clip_norm=settings.clip_norm,
-            mixed_precision=settings.mixed_precision,
-            seed=self.seed,
-            device=self.model.device.type,
-        )
-        train(
-            self.model,
-            lists,
-            config,
-            loss=self._loss,
-            collate=lists.collate,
-            batch_sampler=sampler,
-            log=log,
-        )
-
-    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        batch = dict(batch)
-        rank, options = batch.pop("rank"), self.settings
-        return udr_loss(
-            model(**batch).float(), rank, options.lam, options.weight, options.reduction
-        )
 
 # %% ../../../nbs/06_retrieval/02_udr.ipynb #81e70d67
 class CandidateLists(torch.utils.data.Dataset):
@@ -632,12 +646,11 @@ class CandidateLists(torch.utils.data.Dataset):
             "rank": ranks,
         }
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #4e998c65
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #a951d953
 class DemonstrationRetriever(BaseEstimator):
-    """Nearest demonstrations under a trained bi-encoder.
+    """Nearest demonstrations under a trained bi-encoder (`model`, `tokenizer`).
 
     Args:
-        model, tokenizer: the bi-encoder.
         max_length: tokens.
         metric: `inner_product` (the paper) or `cosine` (for an encoder that was not trained for inner products).
     """
@@ -649,20 +662,21 @@ class DemonstrationRetriever(BaseEstimator):
         max_length: int = 256,
         metric: str = "inner_product",
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.max_length, self.metric = max_length, metric
-
-    def _encode(self, encode: Callable[..., Tensor], texts: Sequence[str]) -> Tensor:
-        options = dict(padding=True, truncation=True, max_length=self.max_length)
-        part = self.tokenizer(list(texts), return_tensors="pt", **options)
-        self.model.eval()
-        return encode_all(encode, part, self.model.device)
+        self.model, self.tokenizer, self.max_length, self.metric = (
+            model,
+            tokenizer,
+            max_length,
+            metric,
+        )
 
     def fit(self, task: Task) -> "DemonstrationRetriever":
         """Encode and index the training examples of `task`."""
         self.task_ = task
+        self.model.eval()
         texts = [task.demo_text(example) for example in task.train]
-        self.index_ = DenseIndex(self._encode(self.model.encode_demo, texts), metric=self.metric)
+        part = tokens_of(texts, self.tokenizer, self.max_length)
+        vectors = encode_all(self.model.encode_demo, part, self.model.device)
+        self.index_ = DenseIndex(vectors, metric=self.metric)
         return self
 
     def kneighbors(
@@ -670,17 +684,15 @@ class DemonstrationRetriever(BaseEstimator):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Similarities and positions in the training set, `(num_queries, n_neighbors)` each, best first.
 
-        Args:
-            X: query texts, without the instruction.
-            exclude: a position (or several) per query that must not come back.
+        `X`: query texts, without the instruction; `exclude`: a position, or several, per query not to come back.
         """
         texts = [self.task_.query_text(text) for text in X]
-        hits = self.index_.search(
-            self._encode(self.model.encode_query, texts), n_neighbors, exclude
-        )
+        part = tokens_of(texts, self.tokenizer, self.max_length)
+        vectors = encode_all(self.model.encode_query, part, self.model.device)
+        hits = self.index_.search(vectors, n_neighbors, exclude)
         return hits.scores, hits.ids
 
     def demonstrations(self, X: Sequence[str], n: int = 8) -> list[list[Example]]:
-        """The `n` best demonstrations of every query, the most similar **last**, ready for `build_icl_prompt`."""
-        _, ids = self.kneighbors(X, n)
+        """The `n` best demonstrations of every query, the most similar **last**, as `build_icl_prompt` wants them."""
+        ids = self.kneighbors(X, n)[1]
         return [[self.task_.train[i] for i in row[::-1] if i >= 0] for row in ids]

@@ -24,6 +24,7 @@ from compendium.retrieval.udr import (
     TemperatureTaskSampler,
     UDRSettings,
     UDRTrainer,
+    bi_encoder_from,
     build_icl_prompt,
     continuation,
     in_batch_loss,
@@ -405,7 +406,7 @@ def test_both_sides_start_from_one_encoder(tmp_path):
     options.pop("model_type")
     torch.manual_seed(0)
     BertModel(BertConfig(**options)).save_pretrained(tmp_path)
-    model = DemonstrationBiEncoder.from_encoder(str(tmp_path), 2, pooling="cls").eval()
+    model = bi_encoder_from(str(tmp_path), 2, pooling="cls").eval()
     assert len(model.query_encoder.encoder.layer) == 2
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids)
