@@ -38,7 +38,24 @@ SIZES = {
         "decoder_ffn_dim": 32,
     },
 }
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d", "e", "it", "was", "good", "bad", ".", "film"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "b",
+    "c",
+    "d",
+    "e",
+    "it",
+    "was",
+    "good",
+    "bad",
+    ".",
+    "film",
+]
 
 
 def from_config(kind, device=None, **sizes):
@@ -156,7 +173,7 @@ def test_wrapper_trains_prompts_only():
     wrapper(**inputs).logits.pow(2).mean().backward()
     grads = [name for name, parameter in wrapper.named_parameters() if parameter.grad is not None]
     assert grads == ["prompts"] and wrapper.prompts.shape == (2, 3, 16)
-    assert list(wrapper.state_dict())[0] == "prompts"
+    assert next(iter(wrapper.state_dict())) == "prompts"
 
 
 def test_bad_prompts_are_named():
@@ -167,7 +184,7 @@ def test_bad_prompts_are_named():
         pass
     with pytest.raises(ValueError, match="did you mean 'add'"), prompted(model, None, mode="ad"):
         pass
-    with prompted(model, prompts(n=9)), pytest.raises(ValueError, match="positions 1..9"):
+    with prompted(model, prompts(n=9)), pytest.raises(ValueError, match=r"positions 1\.\.9"):
         model(**inputs)
     with pytest.raises(ValueError, match="layers of Linear"):
         transformer_layers(torch.nn.Linear(2, 2))
