@@ -8,7 +8,7 @@ __all__ = ['POOLINGS', 'WEIGHTS', 'SAMPLINGS', 'Example', 'Task', 'question', 'c
            'trimmed', 'encode_all', 'UDRSettings', 'rate_factor', 'mine_candidates', 'Stretch', 'train_on_lists',
            'UDRTrainer', 'CandidateLists', 'DemonstrationRetriever']
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #27ec633e
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #a0ca0c5f
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from ..hints import unknown
-from ..models.index import BM25Index, DenseIndex
+from ..models.index import METRICS, BM25Index, DenseIndex
 from ..models.scoring import LanguageModelScorer
 from ..training.loop import TrainingConfig, train
 
@@ -506,11 +506,12 @@ def mine_candidates(
     found = DenseIndex(demos).search(queries, num_candidates, exclude=range(len(queries))).ids
     return without_gaps(found, len(encoded.task.train))
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #ff58c811
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #4e9a3f2c
 @dataclass(frozen=True)
 class Stretch:
     """The steps of one iteration: how many, how many there were before, how many there are in all."""
 
+    iteration: int
     steps: int
     before: int
     total: int
@@ -520,9 +521,11 @@ class Stretch:
         """The steps of `iteration`, counted from 0."""
         steps = settings.steps if iteration else settings.first_steps
         before = settings.first_steps + settings.steps * (iteration - 1) if iteration else 0
-        return cls(steps, before, settings.first_steps + settings.steps * (iterations - 1))
+        return cls(
+            iteration, steps, before, settings.first_steps + settings.steps * (iterations - 1)
+        )
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #feba267e
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #9ac82fb5
 def train_on_lists(
     model: DemonstrationBiEncoder,
     lists: "CandidateLists",
@@ -551,7 +554,7 @@ def train_on_lists(
         return udr_loss(similarity, batch["rank"], options.lam, options.weight, options.reduction)
 
     sampler = TemperatureTaskSampler(
-        sizes, options.batch_size, stretch.steps, options.alpha, seed + stretch.before
+        sizes, options.batch_size, stretch.steps, options.alpha, seed + stretch.iteration
     )
     train(model, lists, config, loss=loss, collate=lists.collate, batch_sampler=sampler, log=log)
 
@@ -646,7 +649,7 @@ class CandidateLists(torch.utils.data.Dataset):
             "rank": ranks,
         }
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #a951d953
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #02535703
 class DemonstrationRetriever(BaseEstimator):
     """Nearest demonstrations under a trained bi-encoder (`model`, `tokenizer`).
 
@@ -657,17 +660,13 @@ class DemonstrationRetriever(BaseEstimator):
 
     def __init__(
         self,
-        model: DemonstrationBiEncoder,
+        model: PreTrainedModel,
         tokenizer: Any,
         max_length: int = 256,
-        metric: str = "inner_product",
+        metric: str = METRICS[0],
     ) -> None:
-        self.model, self.tokenizer, self.max_length, self.metric = (
-            model,
-            tokenizer,
-            max_length,
-            metric,
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.metric = max_length, metric
 
     def fit(self, task: Task) -> "DemonstrationRetriever":
         """Encode and index the training examples of `task`."""
