@@ -649,13 +649,11 @@ class CandidateLists(torch.utils.data.Dataset):
             "rank": ranks,
         }
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #02535703
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #7fc4a306
 class DemonstrationRetriever(BaseEstimator):
     """Nearest demonstrations under a trained bi-encoder (`model`, `tokenizer`).
 
-    Args:
-        max_length: tokens.
-        metric: `inner_product` (the paper) or `cosine` (for an encoder that was not trained for inner products).
+    `max_length` is in tokens; `metric` is `inner_product` (the paper) or `cosine` (for an encoder without training).
     """
 
     def __init__(
