@@ -227,7 +227,7 @@ def interrupted_at(block: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
 
-# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #d9e61199
+# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #0de7152e
 def layer_number(model: PreTrainedModel, layer: int) -> int:
     """`layer` as a number from 0 (embedding) to the number of blocks; negative ones count from the end."""
     count = model.config.num_hidden_layers + 1
@@ -283,7 +283,7 @@ def impact_of(states: Tensor, pairs: Tensor, num_words: int, metric: str) -> np.
     np.fill_diagonal(impact, 0.0)
     return impact.clip(min=0.0)
 
-# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #d22b2688
+# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #accfe589
 def grouped_by_length(sentences: Sequence[EncodedWords], num_rows: int) -> Iterator[list[int]]:
     """Indices of sentences from short to long, in groups whose passes number about `num_rows`."""
     group, rows = [], 0
