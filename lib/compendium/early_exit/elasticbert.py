@@ -79,7 +79,7 @@ def states_at_exits(
             hidden = gradient_rescale(hidden, left - 1) if equilibrium else hidden
     return states
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #bde71197
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #315cc88c
 def cycle_exit_groups(num_layers: int, num_groups: int) -> list[list[int]]:
     """Exits 1 … `num_layers` dealt out to groups in turn; the last layer belongs to every group.
 
@@ -95,7 +95,7 @@ def cycle_exit_groups(num_layers: int, num_groups: int) -> list[list[int]]:
     dealt = [range(first, num_layers + 1, num_groups) for first in range(1, num_groups + 1)]
     return [sorted({*group, num_layers}) for group in dealt]
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #1035c715
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #0fd6d063
 class ElasticBertConfig(BertConfig):
     """BERT's configuration and the layers after which there is an exit.
 
@@ -127,7 +127,7 @@ def check_exit_list(exits: Sequence[int], num_layers: int) -> None:
     if exits[0] < 1 or exits[-1] > num_layers:
         raise ValueError(f"exits={list(exits)} must lie between layer 1 and layer {num_layers}")
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #7e957412
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #4b4734af
 def by_layer(exits: Sequence[int], build: Any) -> nn.ModuleDict:
     """A module for each exit, named by its layer counted from 0."""
     return nn.ModuleDict({str(layer - 1): build() for layer in exits})
@@ -172,7 +172,7 @@ class ElasticBertPreTrainedModel(BertPreTrainedModel):
         take_weights(model, found, copy_pooler)
         return model
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #f91ce286
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #0e3cb8a9
 def without_type(config: BertConfig) -> dict[str, Any]:
     """The fields of a BERT's configuration, less those that name its class."""
     left_out = {
@@ -211,7 +211,7 @@ def take_weights(model: nn.Module, found: Mapping[str, Tensor], copy_pooler: boo
         if source in found:
             weight.copy_(found[source])
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #bf136592
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #509b4373
 class ElasticBertModel(ElasticBertPreTrainedModel):
     """Embeddings, layers and poolers; a call returns the states and the pooled vectors at the exits."""
 
@@ -268,7 +268,7 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
 
-# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #accfb616
+# %% ../../../nbs/04_early_exit/01_elasticbert.ipynb #65e61487
 class PrefixUse:
     """What a classifier with exits can do with its prefixes: leave early, or be cut."""
 
