@@ -20,7 +20,7 @@ from torch import Tensor
 from ..hints import unknown
 from ..models.prompts import Batch, BlackBoxLM
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #3fd23354
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #a3979c07
 def verbalizer_loss(
     scores: Tensor, labels: Tensor, kind: str = "ce", margin: float = 2.0
 ) -> Tensor:
@@ -263,7 +263,7 @@ class PromptTuner(Predictor):
         if score > self.dev_score_:
             self.prompt_, self.dev_score_ = prompt.detach().clone(), score
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #bac1051a
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #8338dc9a
 @dataclass(frozen=True)
 class SearchSettings:
     """The settings of a search; the defaults are the paper's, with step and scale of the code's later example."""
@@ -291,7 +291,7 @@ class SearchSettings:
         if self.popsize < 2:
             raise ValueError(f"popsize={self.popsize} leaves nothing to compare; use 2 or more")
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #a243d65e
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #a0f3f02f
 def layer_projections(
     settings: SearchSettings, hidden_size: int, stds: Sequence[float]
 ) -> list[RandomProjection]:
@@ -350,7 +350,7 @@ class AlternatingSearch(PromptTuner):
         now = float(self.counter(best[None], first_changed=block[0])[0])
         return best if now <= losses.min() else prompts[int(losses.argmin())]
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #09ee7026
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #a04737a4
 class PromptSearch(AlternatingSearch):
     """Derivative-free search for a deep prompt; the subclasses say which layers are searched together.
 
@@ -391,7 +391,7 @@ class PromptSearch(AlternatingSearch):
         self.prompt_ = self.incumbent.clone() if self.prompt_ is None else self.prompt_
         return self
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #49489848
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #dca2cc17
 def prepare(search: "PromptSearch", train: Batch, blocks: list[tuple[int, ...]]) -> list[Sampler]:
     """Scales before the first ask, projections, a meter, prompts that are all zero; returns a sampler for each block."""
     settings, lm = search.settings, search.lm
@@ -513,7 +513,7 @@ def few_shot_split(labels: Sequence[int], k: int, seed: int) -> tuple[np.ndarray
         parts[1].append(found[k : 2 * k])
     return np.concatenate(parts[0]), np.concatenate(parts[1])
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #b63b172f
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #bf43790b
 class Cloze(NamedTuple):
     """How a task is asked: the pattern of `PromptTemplate`, and the word for each label."""
 
