@@ -33,7 +33,7 @@ from .tracking import Tracker
 
 TrainArm = Callable[[str, int, Callable[..., None]], Outcome | Mapping[str, float]]
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #56ac7142
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #4d4323fb
 def published_numbers(chapter: str) -> list[Published]:
     """The numbers that the paper of `chapter` printed, from `data/published.yaml`."""
     import yaml
@@ -50,7 +50,7 @@ def run_folder(chapter: str, preset: str) -> Path:
         return Path(folder)
     return root() / ".compendium" / "interactive" / preset / chapter
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #290b85cf
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #f3c0c56f
 SMOKE_REASON = "preset smoke only checks that every cell runs"
 
 
@@ -208,9 +208,10 @@ class Experiment:
         """The numbers of the paper beside ours, where an arm of ours corresponds to a system of theirs."""
         rows = []
         for number in published_numbers(self.chapter.name):
-            ours = ""
-            if number.arm in self.outcomes:
-                ours = _mean_and_deviation(self.values(number.arm, number.key or number.metric))
+            ours, metric = "", number.key or number.metric
+            runs = self.outcomes.get(number.arm, [])
+            if runs and metric in runs[0].metrics:
+                ours = _mean_and_deviation(self.values(number.arm, metric))
             paper = number.model_dump(include={"system", "dataset", "metric", "source"})
             rows.append(paper | {"published": number.value, "ours": ours})
         return _frame(rows)

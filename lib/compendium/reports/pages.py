@@ -48,7 +48,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
         return number(values[0])
     return f"{number(statistics.fmean(values))} ± {statistics.stdev(values):.2g}"
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #c318fc81
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #623ab88b
 def claims_section(claims: Sequence[ClaimRecord]) -> str:
     """The claims with rule, differences per seed, interval and verdict."""
     rows = []
@@ -73,17 +73,15 @@ def claims_section(claims: Sequence[ClaimRecord]) -> str:
     ]
     return "## Claims\n\n" + markdown_table(header, rows)
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #a7ac6150
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #54c37327
 def published_section(record: Record) -> str:
     """The paper's numbers, with ours beside them where an arm corresponds; empty without numbers."""
     rows = []
     for row in record.published:
-        ours = ""
-        if runs := record.arms.get(row.arm or ""):
-            key = row.key or row.metric
-            ours = mean_and_deviation(
-                [run.metrics[key] for run in runs if key in run.metrics] or [float("nan")]
-            )
+        key = row.key or row.metric
+        runs = record.arms.get(row.arm or "", [])
+        values = [run.metrics[key] for run in runs if key in run.metrics]
+        ours = mean_and_deviation(values) if values else ""
         rows.append([row.dataset, row.system, row.metric, ours, number(row.value), row.source])
     if not rows:
         return ""
@@ -91,7 +89,7 @@ def published_section(record: Record) -> str:
         ["data set", "system", "metric", "ours", "published", "source"], rows
     )
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #191e68dc
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #a203edc7
 def arms_section(record: Record) -> str:
     """Every metric of every arm and seed, with the mean."""
     names = list(
@@ -115,7 +113,7 @@ def figures_section(record: Record) -> str:
     ]
     return "\n".join(["## Figures\n", *parts]) if parts else ""
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #05274bd8
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #70ca61e6
 def cost_section(record: Record) -> str:
     """Seconds, peak memory and timings of every arm (means over the seeds)."""
     names = list(
@@ -179,7 +177,7 @@ def chapter_page(record: Record) -> str:
     ]
     return "\n".join([head, *filter(None, sections)])
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #20c2159c
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #4ff5e7b8
 def report_path(chapter: str, preset: str) -> Path:
     """The page of the committed report of `chapter` with `preset`."""
     return root() / "reports" / preset / chapter / "README.md"
@@ -216,7 +214,7 @@ def publish(run: Path) -> bool:
     write_atomically(folder / "README.md", chapter_page(record))
     return True
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #d399142e
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #f535845f
 def adopt_from_wandb(path: str, api: Any = None) -> None:
     """Take the records and figures of the W&B project `path` (`entity/project`) into `reports/`."""
     from compendium.experiment.tracking import records_from_wandb
@@ -231,7 +229,7 @@ def adopt_from_wandb(path: str, api: Any = None) -> None:
             save_record(record, Path(folder) / "record.json")
             publish(Path(folder))
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #933810ba
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #0706b196
 def all_records() -> list[Record]:
     """The records in `reports/`, by preset and in the order of the book; raises `RecordError`."""
     found = []
@@ -276,7 +274,7 @@ def index_page(records: Sequence[Record]) -> str:
             parts.append(f"## Preset `{preset}`\n\n" + markdown_table(header, rows))
     return "\n".join(parts)
 
-# %% ../../../nbs/00_foundations/reports_pages.ipynb #aac44cf4
+# %% ../../../nbs/00_foundations/reports_pages.ipynb #9f391f2f
 def catalogue_table(records: Sequence[Record]) -> str:
     """The README's table of all forty chapters, with the verdicts of preset `mini` so far."""
     verdicts = {

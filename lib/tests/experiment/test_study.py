@@ -12,7 +12,7 @@ import torch
 from compendium.catalogue import CatalogueError
 from compendium.experiment.claims import Outcome, gain
 from compendium.experiment.config import ConfigError
-from compendium.experiment.record import RecordError, load_record
+from compendium.experiment.record import Published, RecordError, load_record
 from compendium.experiment.study import Experiment, published_numbers, run_folder
 from compendium.experiment.tracking import records_from_wandb, tracking_mode
 from compendium.reports import pages
@@ -107,6 +107,18 @@ def test_published_numbers_are_well_formed():
     for name in written():
         for row in published_numbers(name):
             assert row.source, f"{name}: a published number needs its table"
+
+
+def test_ours_stands_beside_a_published_number_only_where_we_have_it(study, monkeypatch):
+    row = dict(system="s", dataset="d", value=90.0, source="Table 1")
+    rows = [dict(row, arm="a", metric="score"), dict(row, arm="a", metric="f1")]
+    rows += [dict(row, arm="c", metric="score")]
+    numbers = [Published(**one) for one in rows]
+    monkeypatch.setattr("compendium.experiment.study.published_numbers", lambda chapter: numbers)
+    experiment = study()
+    experiment.run(train, ["a"])
+    assert [bool(ours) for ours in experiment.published().ours] == [True, False, False]
+    assert "nan" not in pages.published_section(experiment.record())
 
 
 # W&B
