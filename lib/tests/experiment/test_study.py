@@ -116,7 +116,7 @@ def test_ours_stands_beside_a_published_number_only_where_we_have_it(study, monk
     numbers = [Published(**one) for one in rows]
     monkeypatch.setattr("compendium.experiment.study.published_numbers", lambda chapter: numbers)
     experiment = study()
-    experiment.run(train, ["a"])
+    experiment.run(train, ["a", "b"])
     assert [bool(ours) for ours in experiment.published().ours] == [True, False, False]
     assert "nan" not in pages.published_section(experiment.record())
 
