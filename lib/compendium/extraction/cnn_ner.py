@@ -76,7 +76,7 @@ class SpanLinear(nn.Module):
         vectors = self.dropout(self.distance(steps - self.MIN_DISTANCE))  # (n, n, width_dim)
         return both + F.linear(vectors, of_distance)
 
-# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #287139c0
+# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #c616e702
 class SpanVectors(nn.Module):
     """R: `num_channels` numbers for every span, from the vectors of its first and last word (section 2).
 
@@ -187,7 +187,7 @@ def span_loss(logits: Tensor, labels: Tensor, triangles: str = "both") -> Tensor
     losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     return losses.masked_fill(~counts, 0.0).sum() / len(logits)
 
-# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #df5d1651
+# %% ../../../nbs/02_extraction/02_cnn_ner.ipynb #14ffc93b
 def encode_words(
     tokenizer: Any,
     tokens: Sequence[str],
