@@ -74,13 +74,42 @@ def fingerprint():
     return hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
-def test_same_on_every_run_and_nothing_is_imported():
+def test_same_on_every_run_and_nothing_is_imported(tmp_path):
     program = inspect.getsource(fingerprint) + (
         "import hashlib, sys; from compendium.data import corpora;"
         "print(fingerprint(), 'jieba' in sys.modules, 'torch' in sys.modules)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program],
-        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": "1"},
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONHASHSEED": "1", "XDG_CACHE_HOME": str(tmp_path)},
     )  # fmt: skip
     assert run.stdout.split() == [fingerprint(), "False", "False"]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """An empty cache file, and texts that are read quickly; the list counts the readings."""
+    readings = []
+    texts = (corpora.Document("m.py", "A text."),)
+    monkeypatch.setattr(corpora, "_read_documentation", lambda: readings.append(1) or texts)
+    monkeypatch.setattr(corpora, "_documentation_file", lambda: tmp_path / "corpora" / "python.json")
+    return tmp_path / "corpora" / "python.json", texts, readings
+
+
+@pytest.mark.parametrize("damage", [None, "", "[[1, 2, 3]]", '{"a": 1}', "[3]"])
+def test_documentation_is_kept_and_a_damaged_file_read_anew(kept, damage):
+    path, texts, readings = kept
+    if damage is not None:
+        path.parent.mkdir()
+        path.write_text(damage)
+    for _ in range(2):
+        assert corpora._documentation.__wrapped__() == texts
+    assert len(readings) == 1 and [p.name for p in path.parent.iterdir()] == ["python.json"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(kept):
+    path, texts, readings = kept
+    path.parent.write_text("a file where the folder should be")
+    for _ in range(2):
+        assert corpora._documentation.__wrapped__() == texts
+    assert len(readings) == 2
