@@ -3,8 +3,8 @@
 The peer is the plain way to ask: the whole model for every candidate, with its head at every position. The batched way runs
 the layers below the searched one once, the candidates as one large batch above it, and the last layer and the head at the mask
 alone. Same model, same candidates, same precision, equal losses; the ratio is of evaluations per second. A second ratio
-tells how much is due to batching alone. In deeper models the last layer and the head weigh less and the first ratio is lower
-(2.7 with eight layers and 16 examples on one busy CPU core): what is shared below the searched layer is half of the work at most.
+tells how much is due to batching alone. In deeper models the last layer and the head weigh less and the first ratio is lower:
+what is shared below the searched layer is half of the work at most.
 """
 
 import time

@@ -3,14 +3,13 @@
 # %% auto #0
 __all__ = ['METRICS', 'ALGORITHMS', 'ROOTS', 'EncodedWords', 'special_ids', 'encode_words', 'AspectPoolConfig', 'AspectHead',
            'AspectPoolClassifier', 'classified', 'padded', 'AspectCollator', 'word_pairs', 'masked_inputs',
-           'find_blocks', 'interrupted_at', 'layer_number', 'states_at', 'mean_states', 'impact_of',
-           'grouped_by_length', 'Passes', 'impact_matrices', 'run_passes', 'impact_matrix', 'decode_tree',
-           'TreeInducer', 'adjacency_of', 'distances_to', 'reversed_within', 'SentenceEncoder', 'proximity', 'PWCN',
-           'GraphLayer', 'sentence_distance', 'ASGCN', 'TreeCollator', 'word_vectors']
+           'layer_number', 'has_known_layers', 'states_at', 'mean_states', 'impact_of', 'grouped_by_length', 'Passes',
+           'impact_matrices', 'run_passes', 'impact_matrix', 'decode_tree', 'TreeInducer', 'adjacency_of',
+           'distances_to', 'reversed_within', 'SentenceEncoder', 'proximity', 'PWCN', 'GraphLayer', 'sentence_distance',
+           'ASGCN', 'TreeCollator', 'word_vectors']
 
-# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #af7d5692
+# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #14d765fa
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..hints import unknown
+from ..models.prompts import run_until, transformer_layers
 from ..models.trees import chain, eisner, maximum_arborescence
 
 # %% ../../../nbs/03_meaning/02_induced_trees.ipynb #2470bd78
@@ -202,32 +202,7 @@ def masked_inputs(encoded: EncodedWords, pairs: np.ndarray, mask_id: int) -> np.
     hidden = (owner == pairs[:, :1]) | (owner == pairs[:, 1:])
     return np.where(hidden, mask_id, ids)
 
-# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #888a4db5
-class _Reached(Exception):
-    """Carries the states out of an interrupted forward pass."""
-
-
-def find_blocks(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The list of the model's blocks: the only one as long as `config.num_hidden_layers` says, or None."""
-    count = getattr(model.config, "num_hidden_layers", None)
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return found[0] if len(found) == 1 else None
-
-
-@contextmanager
-def interrupted_at(block: nn.Module) -> Iterator[None]:
-    """Inside this context a forward pass ends, by exception, when `block` has run."""
-
-    def stop(module: nn.Module, inputs: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
-
-    handle = block.register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #0de7152e
+# %% ../../../nbs/03_meaning/02_induced_trees.ipynb #1ca4c925
 def layer_number(model: PreTrainedModel, layer: int) -> int:
     """`layer` as a number from 0 (embedding) to the number of blocks; negative ones count from the end."""
     count = model.config.num_hidden_layers + 1
@@ -238,21 +213,24 @@ def layer_number(model: PreTrainedModel, layer: int) -> int:
     return layer % count
 
 
+def has_known_layers(model: PreTrainedModel) -> bool:
+    """Does `model` keep its blocks where `compendium.models.prompts` looks for them?"""
+    try:
+        return bool(transformer_layers(model))
+    except ValueError:
+        return False
+
+
 def states_at(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, layer: int
 ) -> Tensor:
     """Hidden states after block `layer` (0: embedding), `(batch, length, hidden)`; no gradient."""
-    number, blocks = layer_number(model, layer), find_blocks(model)
+    number = layer_number(model, layer)
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
     with torch.no_grad():
-        if blocks is None or number in (0, len(blocks)):
-            return model(**batch, output_hidden_states=True).hidden_states[number]
-        try:
-            with interrupted_at(blocks[number - 1]):
-                model(**batch)
-        except _Reached as reached:
-            return reached.args[0]
-    raise RuntimeError(f"block {number} of {type(model).__name__} never ran")
+        if number < model.config.num_hidden_layers and has_known_layers(model):
+            return run_until(model, number, batch).hidden
+        return model(**batch, output_hidden_states=True).hidden_states[number]
 
 # %% ../../../nbs/03_meaning/02_induced_trees.ipynb #e9f23921
 def mean_states(states: Tensor, owner: Tensor, pairs: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
         "add its place to compendium.models.prompts.STACKS"
     )
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #e548384d
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #f3240f2f
 Prompts = Tensor | Mapping[int, Tensor] | None
 "Prompts of all layers `(L, n, D)` or `(L, batch, n, D)`, or of some: layer -> `(n, D)` or `(batch, n, D)`."
 
@@ -185,7 +185,7 @@ def clipped_std(values: Tensor, rounds: int = 5, num_deviations: float = 3.0) ->
         values = values.clamp(mean - num_deviations * deviation, mean + num_deviations * deviation)
     return float(values.std())
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #3809a6be
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #5a5a6acd
 class Snapshot(NamedTuple):
     """What was about to enter a layer: hidden states `(batch, length, D)` and the other arguments."""
 
@@ -271,7 +271,7 @@ def run_from(
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     return hidden
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #79a3e2df
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #6a4b618f
 def bert_layer_at(
     layer: nn.Module,
     hidden: Tensor,
@@ -285,21 +285,23 @@ def bert_layer_at(
     rows = torch.arange(len(hidden), device=hidden.device)
     own = hidden[rows, positions][:, None]  # (batch, 1, D)
     attention, heads = layer.attention.self, layer.attention.self.num_attention_heads
-
-    def split(states: Tensor) -> Tensor:
-        return states.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-    query, key, value = attention.query(own), attention.key(hidden), attention.value(hidden)
+    to_key, to_value = (
+        part.weight.unflatten(0, (heads, -1)) for part in (attention.key, attention.value)
+    )  # (heads, D / heads, D)
+    query = attention.query(own)[:, 0].unflatten(-1, (heads, -1))  # (batch, heads, D / heads)
+    query = torch.einsum("bhk,hkd->bhd", query, to_key)[:, None]
     if attention_mask is not None:
         places = positions.clamp(max=attention_mask.shape[2] - 1)
         attention_mask = attention_mask[rows, :, places][:, :, None]  # (batch, 1, 1, length)
-    context = nn.functional.scaled_dot_product_attention(
-        split(query), split(key), split(value), attention_mask, scale=attention.scaling
-    )
-    attended = layer.attention.output(context.transpose(1, 2).flatten(2), own)
+    states = hidden[:, None].to(query.dtype)
+    mixed = nn.functional.scaled_dot_product_attention(
+        query, states, states, attention_mask, scale=attention.scaling
+    )[:, 0]  # (batch, heads, D)
+    context = torch.einsum("bhd,hkd->bhk", mixed, to_value).flatten(1) + attention.value.bias
+    attended = layer.attention.output(context[:, None], own)
     return layer.feed_forward_chunk(attended)
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #9ce5b5be
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #83e2fcd2
 _FIELD = re.compile(r"\{(text|pair|mask)\}")
 
 
@@ -400,7 +402,7 @@ class PromptTemplate:
             "positions": torch.tensor([asked for _, asked in rows]),
         }
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #b8657e60
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #3b637736
 class Verbalizer:
     """One word for each label, each a single token.
 
@@ -447,7 +449,7 @@ class BlackBoxLM(Protocol):
         """The clipped standard deviation of what a prompt of each layer is added to."""
         ...
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #da860398
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #7eb9c55e
 class PromptedLM:
     """What the kinds of black box share; `__call__` is the plain way, `candidates` the fast one.
 
@@ -534,7 +536,7 @@ class PromptedLM:
         first = float(embeddings.detach().float().std())
         return [first, *(clipped_std(state[real]) for state in states[1:])]
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #a3273fc4
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #f99400dc
 class MaskedLM(PromptedLM):
     """A masked language model, asked for one label word at the mask: BERT, RoBERTa; BART without shortcuts.
 
@@ -569,7 +571,7 @@ class MaskedLM(PromptedLM):
         """The same from the states `(times * batch, 1, D)` at the mask."""
         return self.head(states[:, 0])[:, self.label_ids]
 
-# %% ../../../nbs/00_foundations/models_prompts.ipynb #2d240dda
+# %% ../../../nbs/00_foundations/models_prompts.ipynb #166e7f7f
 class CausalLM(PromptedLM):
     """A model that continues texts (GPT-2), asked for one label word after the last token.
 

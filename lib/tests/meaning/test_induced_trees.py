@@ -27,7 +27,6 @@ from compendium.meaning.induced_trees import (
     decode_tree,
     distances_to,
     encode_words,
-    find_blocks,
     impact_matrices,
     impact_matrix,
     masked_inputs,
@@ -39,6 +38,7 @@ from compendium.meaning.induced_trees import (
     word_vectors,
 )
 from compendium.metrics.trees import tree_distance, uuas
+from compendium.models.prompts import transformer_layers
 from compendium.models.trees import chain, is_projective, is_tree, random_tree
 
 DEVICES = [
@@ -221,11 +221,20 @@ def test_stopping_early_gives_the_same_states(family):
     for layer in range(-4, 4):
         torch.testing.assert_close(states_at(model, ids, mask, layer), expected[layer])
     ran = []
-    blocks = find_blocks(model)
-    blocks[2].register_forward_hook(lambda *_: ran.append(2))
+    transformer_layers(model)[2].register_forward_hook(lambda *_: ran.append(2))
     states_at(model, ids, mask, -2)
     assert not ran
     states_at(model, ids, mask, -1)
+    assert ran == [2]
+
+
+def test_blocks_in_an_unknown_place_run_whole(monkeypatch):
+    model, ids = some_encoder(), torch.randint(5, len(PIECES), (2, 6))
+    expected = states_at(model, ids, torch.ones_like(ids), -2)
+    ran = []
+    transformer_layers(model)[2].register_forward_hook(lambda *_: ran.append(2))
+    monkeypatch.setattr("compendium.models.prompts.STACKS", ())
+    torch.testing.assert_close(states_at(model, ids, torch.ones_like(ids), -2), expected)
     assert ran == [2]
 
 
@@ -525,7 +534,7 @@ def test_the_papers_models_fit(family, sizes):
         aspect_mask = torch.ones(3, 30, dtype=torch.bool)
         logits = model(ids, None, aspect_mask, sentence=ids[0, :3]).logits
         assert logits.shape == (3, 3)
-        assert len(find_blocks(model.encoder)) == 12
+        assert len(transformer_layers(model.encoder)) == 12
         assert states_at(model.encoder, ids, None, 11).shape == (2, 30, 768)
     expected = {"roberta": 124_645_632, "bert": 109_482_240, "xlm-roberta": 278_043_648}[family]
     assert sum(p.numel() for p in model.encoder.parameters()) == expected
