@@ -35,7 +35,7 @@ HIDDEN_KEY_TASKS = (
 )
 RESERVED = {word for task in HIDDEN_KEY_TASKS for word in (task.name, *task.labels)} | set(SLOTS)
 
-# %% ../../../nbs/00_foundations/data_few_shot.ipynb #7a5f35ef
+# %% ../../../nbs/00_foundations/data_few_shot.ipynb #73e6d252
 class HiddenKeyWorld:
     """Words with hidden keys, and rules over keys that change from data set to data set.
 
@@ -62,7 +62,9 @@ class HiddenKeyWorld:
         usable = [word for word in dict.fromkeys(words) if word not in RESERVED]
         needed = len(SLOTS) * self.num_keys * words_per_key
         if len(usable) < needed:
-            raise ValueError(f"{len(usable)} usable words, but the world needs {needed}")
+            raise ValueError(
+                f"{len(usable)} usable words, but the world needs {needed}; give more words, or fewer keys"
+            )
         chosen = np.random.default_rng(seed).permutation(usable)[:needed]
         self.words = chosen.reshape(len(SLOTS), self.num_keys, words_per_key)
         self.tasks = HIDDEN_KEY_TASKS

@@ -5,12 +5,14 @@ __all__ = ['SCHEMES', 'Sentences', 'Span', 'spans_to_tags', 'split_tag', 'tags_t
            'scores_of_counts', 'span_scores', 'span_scores_by_type', 'overlapping', 'nested_counts', 'nested_prf',
            'entity_f1']
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #25316523
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #bb08684d
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from .basic import check_aligned
 
 # %% ../../../nbs/00_foundations/metrics_spans.ipynb #733a7ac7
 class Span(NamedTuple):
@@ -98,7 +100,7 @@ def tags_to_spans(tags: Sequence[str]) -> list[Span]:
         spans.append(Span(start, len(tags), open_type))
     return spans
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #7993a910
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #daf1c6da
 Sentences = Sequence[Iterable[tuple[int, int, str]]]
 
 
@@ -112,8 +114,7 @@ def span_counts(gold: Sentences, predicted: Sentences) -> np.ndarray:
     Raises:
         ValueError: different numbers of sentences.
     """
-    if len(gold) != len(predicted):
-        raise ValueError(f"{len(gold)} gold sentences for {len(predicted)} predicted ones")
+    check_aligned(gold, predicted)
     pairs = [
         ({tuple(span) for span in g}, {tuple(span) for span in p})
         for g, p in zip(gold, predicted, strict=True)
@@ -136,7 +137,7 @@ def f1_of_counts(counts: np.ndarray) -> np.ndarray:
     counts = np.asarray(counts, dtype=float)
     return _ratio(2 * counts[..., 0], counts[..., 1] + counts[..., 2])
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #14f1f482
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #0605cb5f
 def scores_of_counts(counts: np.ndarray) -> dict[str, float]:
     """Precision, recall and F1 in [0, 1] of summed counts (correct, predicted, gold), `(3,)`."""
     correct, predicted, gold = np.asarray(counts, dtype=float)
@@ -175,7 +176,7 @@ def span_scores_by_type(gold: Sentences, predicted: Sentences) -> dict[str, dict
         counts[kind] = span_counts(*only).sum(0)
     return {kind: scores_of_counts(row) | {"support": int(row[2])} for kind, row in counts.items()}
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #f246dd50
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #60a51305
 def overlapping(spans: Iterable[tuple[int, int, str]]) -> set[tuple[int, int, str]]:
     """Those of the different `spans` `(start, end, type)` that share a token with another one."""
     ordered = sorted({tuple(span) for span in spans})
@@ -228,7 +229,7 @@ def nested_prf(gold: Sentences, predicted: Sentences) -> dict[str, float]:
         for name, r in zip(row, values, strict=True)
     }
 
-# %% ../../../nbs/00_foundations/metrics_spans.ipynb #77aad9b3
+# %% ../../../nbs/00_foundations/metrics_spans.ipynb #81b0639c
 def entity_f1(
     gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, float]:
@@ -241,11 +242,5 @@ def entity_f1(
     Raises:
         ValueError: different numbers of sentences or tokens, or a tag outside all schemes.
     """
-    if len(gold) != len(predicted):
-        raise ValueError(f"{len(gold)} gold sentences for {len(predicted)} predicted ones")
-    for number, (g, p) in enumerate(zip(gold, predicted, strict=True)):
-        if len(g) != len(p):
-            raise ValueError(
-                f"sentence {number} has {len(g)} gold tags and {len(p)} predicted ones"
-            )
+    check_aligned(gold, predicted, "tags")
     return span_scores([tags_to_spans(g) for g in gold], [tags_to_spans(p) for p in predicted])

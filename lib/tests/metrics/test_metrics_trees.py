@@ -83,9 +83,9 @@ def test_statistics_of_known_trees():
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="sentence 1 has 2 gold words and 3"):
+    with pytest.raises(ValueError, match="sentence 1 has 2 gold heads for 3"):
         uas([[0], [0, 1]], [[0], [0, 1, 1]])
-    with pytest.raises(ValueError, match="1 gold sentences and 2"):
+    with pytest.raises(ValueError, match="1 gold sentences for 2"):
         uuas([[0]], [[0], [0]])
     with pytest.raises(ValueError, match="sentence of 2"):
         tree_distance([0, 1], [2])

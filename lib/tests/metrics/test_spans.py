@@ -109,7 +109,7 @@ def test_bad_input_is_named():
         spans_to_tags([(0, 2, "X"), (1, 3, "Y")], 3)
     with pytest.raises(ValueError, match="tag 'X-PER'"):
         tags_to_spans(["O", "X-PER"])
-    with pytest.raises(ValueError, match="sentence 0 has 2 gold tags and 1"):
+    with pytest.raises(ValueError, match="sentence 0 has 2 gold tags for 1"):
         entity_f1([["O", "O"]], [["O"]])
     with pytest.raises(ValueError, match="1 gold sentences for 2"):
         span_scores([[]], [[], []])
