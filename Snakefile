@@ -3,6 +3,7 @@
 import sys
 
 from compendium.runner.plan import planned_jobs
+from compendium.runner.slurm import rule_resources, zoo_resources
 
 JOBS = {str(job.folder): job for job in planned_jobs(config)}
 ZOO = {name for job in JOBS.values() for name in job.zoo}
@@ -30,6 +31,8 @@ for checkpoint in sorted(ZOO):
             zoo_card(checkpoint),
         params:
             name=checkpoint,
+        resources:
+            **zoo_resources(checkpoint, JOBS.values()),
         shell:
             "exec {PYTHON} -c 'from compendium.zoo.store import main; main()' {params.name}"
 
@@ -42,6 +45,6 @@ rule chapter:
     wildcard_constraints:
         run=r"\.compendium/runs/.+",
     resources:
-        gpu=lambda wildcards: JOBS[wildcards.run].gpus,
+        **rule_resources(JOBS),
     shell:
         "exec {PYTHON} -c 'from compendium.runner.execute import main; main()' {wildcards.run}.json"

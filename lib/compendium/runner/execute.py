@@ -40,7 +40,8 @@ class Failure:
 # %% ../../../nbs/00_foundations/runner_execute.ipynb #0cb11673
 def kernel_environment(job: Job, folder: Path) -> dict[str, str]:
     """The environment variables of the kernel that runs `job` and writes into `folder`."""
-    threads = str(os.cpu_count() or 1) if job.gpus else "1"
+    own = os.environ.get("SLURM_CPUS_PER_TASK") or str(os.cpu_count() or 1)
+    threads = own if job.gpus else "1"
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {name: threads for name in names}
     environment |= {
@@ -82,8 +83,9 @@ def locked(path: Path, wait: float = 60.0) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def reserved_gpu(job: Job) -> Iterator[dict[str, str]]:
-    """The environment that shows a GPU job one free GPU; empty for other jobs."""
-    gpus = visible_gpus() if job.gpus else []
+    """The environment that shows a GPU job one free GPU; empty for other jobs, and where Slurm does it."""
+    on_cluster = "SLURM_JOB_ID" in os.environ
+    gpus = visible_gpus() if job.gpus and not on_cluster else []
     if not gpus:
         yield {}
         return

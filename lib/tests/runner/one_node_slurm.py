@@ -113,7 +113,7 @@ def environment(folder: Path) -> dict[str, str]:
     libraries = [str(top / LIBRARIES), str(top / LIBRARIES / "slurm-wlm")]
     changes = {"SLURM_CONF": str(folder / "slurm.conf")}
     programs = [str(top / "usr" / "bin"), str(top / "usr" / "sbin")] if top.exists() else []
-    changes["PATH"] = ":".join([*programs, os.environ["PATH"], "/usr/sbin"])
+    changes["PATH"] = ":".join([str(folder / "bin"), *programs, os.environ["PATH"], "/usr/sbin"])
     if top.exists():
         changes["LD_LIBRARY_PATH"] = ":".join(
             [*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
@@ -143,8 +143,14 @@ def configure(folder: Path) -> None:
     (folder / "slurm.conf").write_text(text)
     (folder / "gres.conf").write_text("")
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-    for name in ("state", "spool"):
+    for name in ("state", "spool", "bin"):
         (folder / name).mkdir()
+    # Snakemake takes SLURM_CONF from the jobs that it starts; a cluster has its file in /etc.
+    real = shutil.which("srun", path=environment(folder)["PATH"])
+    (folder / "bin" / "srun").write_text(
+        f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {real} "$@"\n'
+    )
+    (folder / "bin" / "srun").chmod(0o755)
     key = folder / "munge.key"
     key.write_bytes(secrets.token_bytes(128))
     key.chmod(0o400)
