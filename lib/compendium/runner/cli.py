@@ -202,16 +202,18 @@ class progress_display:
 
 # %% ../../../nbs/00_foundations/runner_cli.ipynb #dfa70c76
 def print_results(results: list[Any], before: Mapping[str, Any]) -> None:
-    """Print one line a result: verdicts, seconds, peak memory, and how it compares with the committed report."""
+    """Print one line a result: verdicts, seconds, peak memory, and how it compares with the committed report.
+
+    Slurm jobs add a column with their logs, below the checkout's root.
+    """
     from compendium.catalogue import root
     from compendium.reports.pages import verdict_summary
 
     rows = []
     for result in results:
         record, name = result.record, result.job.chapter
-        log = f"  log: {result.log.relative_to(root())}" if result.log else ""
         if record is None:
-            rows.append((name, result.state, "", "", f"{result.failure}{log}"))
+            rows.append((name, result.state, "", "", str(result.failure)))
             continue
         peak = max(
             (run.peak_memory_bytes for runs in record.arms.values() for run in runs), default=0
@@ -222,9 +224,14 @@ def print_results(results: list[Any], before: Mapping[str, Any]) -> None:
             if old is None
             else ("same as committed" if old.same_results(record) else "differs from committed")
         )
-        verdicts = f"{verdict_summary(record)}  {against}".rstrip() + log
+        verdicts = f"{verdict_summary(record)}  {against}".rstrip()
         rows.append((name, result.state, f"{result.seconds:.0f}", f"{peak / 1e6:.0f}", verdicts))
-    table("chapter", "state", "seconds", "peak MB", "verdicts", rows=rows)
+    columns = ["chapter", "state", "seconds", "peak MB", "verdicts"]
+    if any(result.log for result in results):
+        columns.append("log")
+        logs = [result.log.relative_to(root()) if result.log else "" for result in results]
+        rows = [(*row, log) for row, log in zip(rows, logs, strict=True)]
+    table(*columns, rows=rows)
 
 # %% ../../../nbs/00_foundations/runner_cli.ipynb #31374785
 @app.command()

@@ -198,13 +198,14 @@ def slurm_state(number: str) -> str:
                 return words[0]  # of "CANCELLED by 1000"
     return ""
 
-# %% ../../../nbs/00_foundations/runner_slurm.ipynb #c7ce7cae
+# %% ../../../nbs/00_foundations/runner_slurm.ipynb #cc5bb1c7
 def refusal(output: str, batch: str) -> str:
     """Why `sbatch` did not take the job that makes the file `output`, from the text of the `batch`'s log."""
     for block in batch.split("Error in rule ")[1:]:
         message = re.search(r"error message was '(.*?)'\.?\n", block, flags=re.S)
         if message and f"output: {output}\n" in block:
-            return message.group(1).strip().splitlines()[-1].removeprefix("sbatch: error: ")
+            lines = message.group(1).strip().splitlines()
+            return "; ".join(line.removeprefix("sbatch: error: ") for line in lines)
     return ""
 
 

@@ -107,8 +107,8 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """The environment in which the commands of the Slurm in `folder` work."""
+def variables(folder: Path) -> dict[str, str]:
+    """The environment variables with which the commands of the Slurm in `folder` work."""
     top = folder / "root"
     libraries = [str(top / LIBRARIES), str(top / LIBRARIES / "slurm-wlm")]
     changes = {"SLURM_CONF": str(folder / "slurm.conf")}
@@ -118,7 +118,7 @@ def environment(folder: Path) -> dict[str, str]:
         changes["LD_LIBRARY_PATH"] = ":".join(
             [*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         )
-    return os.environ | changes
+    return changes
 
 
 def node_name() -> str:
@@ -146,7 +146,7 @@ def configure(folder: Path) -> None:
     for name in ("state", "spool", "bin"):
         (folder / name).mkdir()
     # Snakemake takes SLURM_CONF from the jobs that it starts; a cluster has its file in /etc.
-    real = shutil.which("srun", path=environment(folder)["PATH"])
+    real = shutil.which("srun", path=variables(folder)["PATH"])
     (folder / "bin" / "srun").write_text(
         f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {real} "$@"\n'
     )
@@ -158,7 +158,7 @@ def configure(folder: Path) -> None:
 
 def start(name: str, arguments: list[str], folder: Path) -> subprocess.Popen:
     """Start the daemon `name`; it dies with us."""
-    path = environment(folder)["PATH"]
+    path = variables(folder)["PATH"]
     # Debian's real programs end in -wlm; the plain names are links made at installation.
     program = shutil.which(name, path=path) or shutil.which(f"{name}-wlm", path=path)
     with (folder / f"{name}.out").open("w") as output:
@@ -167,7 +167,7 @@ def start(name: str, arguments: list[str], folder: Path) -> subprocess.Popen:
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
-            env=environment(folder),
+            env=os.environ | variables(folder),
             preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL),
         )
 
@@ -201,7 +201,7 @@ def end_all(folder: Path) -> None:
 
 @contextlib.contextmanager
 def one_node_slurm() -> Iterator[Mapping[str, str]]:
-    """Run a one-node Slurm; yields the environment in which its commands work."""
+    """Run a one-node Slurm; yields the environment variables with which its commands work."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munge wants its socket where everybody may look
     try:
@@ -215,14 +215,14 @@ def one_node_slurm() -> Iterator[Mapping[str, str]]:
         )
         wait_for((folder / "munge.socket").exists, 10, "munged has no socket")
         start("slurmctld", ["-D", "-f", str(folder / "slurm.conf")], folder)
-        path = environment(folder)["PATH"]
+        path = variables(folder)["PATH"]
         step = shutil.which("slurmstepd", path=path) or shutil.which("slurmstepd-wlm", path=path)
         start("slurmd", ["-D", "-f", str(folder / "slurm.conf"), "-d", str(step)], folder)
 
         def idle() -> bool:
             asked = subprocess.run(
                 ["sinfo", "--noheader", "--format=%t"],
-                env=environment(folder),
+                env=os.environ | variables(folder),
                 capture_output=True,
                 text=True,
             )
@@ -235,13 +235,13 @@ def one_node_slurm() -> Iterator[Mapping[str, str]]:
             raise SlurmError("\n".join([str(error), *logs])) from error
         # A GPU on paper: the controller hands it out, the node need not have one.
         gpu = ["scontrol", "update", f"nodename={node_name()}", "gres=gpu:1"]
-        subprocess.run(gpu, env=environment(folder), check=True)
-        yield environment(folder)
+        subprocess.run(gpu, env=os.environ | variables(folder), check=True)
+        yield variables(folder)
     finally:
         end_all(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    with one_node_slurm() as variables:
-        sys.exit(subprocess.run(sys.argv[1:] or ["bash"], env=variables).returncode)
+    with one_node_slurm() as changes:
+        sys.exit(subprocess.run(sys.argv[1:] or ["bash"], env=os.environ | changes).returncode)
