@@ -209,6 +209,7 @@ class Cluster:
 
     def __init__(self, checkout, slurm: dict[str, str]) -> None:
         self.checkout, self.slurm = checkout, slurm
+        self.batches: list[subprocess.Popen] = []
 
     def command(self, *command: str) -> str:
         """What a Slurm command prints."""
@@ -216,17 +217,18 @@ class Cluster:
             command, env=os.environ | self.slurm, capture_output=True, text=True, check=True
         ).stdout
 
-    def start(self, *arguments: str, **options) -> subprocess.Popen:
+    def start(self, *arguments: str) -> subprocess.Popen:
         """Begin `compendium run` with Slurm as the executor."""
-        return subprocess.Popen(
+        batch = subprocess.Popen(
             self.checkout.command("run", "--executor", "slurm", *arguments),
             cwd=self.checkout.folder,
             env=self.checkout.environment(**self.slurm),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
         )
+        self.batches.append(batch)
+        return batch
 
     def run(self, *arguments: str) -> tuple[int, dict[str, str], str]:
         """The exit status, the lines of the table by chapter, and the errors of `compendium run`."""
@@ -234,28 +236,31 @@ class Cluster:
 
     def result(self, batch: subprocess.Popen) -> tuple[int, dict[str, str], str]:
         """What became of a `batch` that was started."""
-        output, errors = batch.communicate(timeout=300)
-        rows = output.partition("chapter  state")[2].splitlines()[1:]
+        output, errors = batch.communicate(timeout=200)
+        rows = output.partition("chapter  state")[2].partition("\n\n")[0].splitlines()[1:]
         return batch.returncode, {row.split()[0]: row for row in rows if row.strip()}, errors
 
     def jobs(self, form: str) -> dict[str, list[str]]:
-        """Chapter -> one line of `squeue` in the format `form` for each of its jobs, also ended ones."""
+        """Chapter -> a line of `squeue` in the format `form` for each of its jobs, also ended ones.
+
+        A chapter should run in one test only: the queue remembers it.
+        """
         found: dict[str, list[str]] = {}
         for line in self.command(
             "squeue", "--states=all", "-h", f"--format=%k@{form}"
         ).splitlines():
             comment, _, told = line.partition("@")
-            folder = str(self.checkout.folder.name)
-            chapter = comment.rpartition("_")[2].partition("-")[0]
-            if comment and folder:
-                found.setdefault(chapter, []).append(told)
+            found.setdefault(comment.rpartition("_")[2].partition("-")[0], []).append(told)
         return found
 
 
 @pytest.fixture
 def cluster(small_checkout, slurm) -> Iterator[Cluster]:
-    """A `Cluster` whose queue is emptied afterwards."""
-    yield Cluster(small_checkout, slurm)
+    """A `Cluster` whose batches and jobs are ended afterwards."""
+    here = Cluster(small_checkout, slurm)
+    yield here
+    for batch in here.batches:
+        batch.kill()
     subprocess.run(["scancel", "--me"], env=os.environ | slurm, capture_output=True)
 
 
@@ -314,10 +319,13 @@ def test_three_chapters_one_cancelled_midway_and_the_rerun_completes_it(cluster)
 
 def test_a_gpu_preset_asks_for_a_gpu(cluster):
     cluster.checkout.write("aor")
-    status, rows, errors = cluster.run("aor", "--preset", "benchmark", "--cores", "2")
+    arguments = ("--preset", "benchmark", "--cores", "2", "--partition", "accelerated")
+    status, rows, errors = cluster.run("aor", *arguments)
     assert errors == ""
-    (line,) = cluster.jobs("%b %C %l")["aor"]
-    assert line == "gres:gpu:1 2 1:10:00"
+    (number,) = cluster.jobs("%i")["aor"]
+    told = cluster.command("scontrol", "show", "job", number)
+    assert "TresPerJob=gres:gpu:1" in told
+    assert "NumCPUs=2" in told and "TimeLimit=01:10:00" in told
     assert status == 1, "this node has a GPU on paper only"
     assert "ConfigError: device 'cuda' was asked for, but torch sees no GPU" in rows["aor"]
 
