@@ -1,5 +1,6 @@
 # make reproduce   run every chapter, regenerate reports/, print the verdicts
 # make test        run the test suite
+# make slurm-test  run three chapters as jobs of a real one-node Slurm, which is brought along
 # make export | book | lab | lock | clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 PRESET ?= mini
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 GIGABYTES := 5
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test benchmark export book lab lock clean
+.PHONY: help reproduce test slurm-test benchmark export book lab lock clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -31,6 +32,10 @@ reproduce: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal lib/tests
+
+# A Slurm that is not installed is unpacked into a temporary folder; Debian's apt-get is enough, root is not needed.
+slurm-test: $(READY)
+	@OMP_NUM_THREADS=1 COMPENDIUM_SLURM_TEST=1 $(BIN)/python -m pytest -q lib/tests/runner/test_slurm.py
 
 benchmark: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q lib/benchmarks

@@ -161,20 +161,39 @@ def test_states_of_sacct_are_understood(monkeypatch):
 
 def test_the_batch_is_over_when_all_jobs_have_left_the_queue(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPENDIUM_ROOT", str(tmp_path))
-    queue, log = ["17"], tmp_path / "batch.log"
+    queue, log = {"17": "Resources"}, tmp_path / "batch.log"
     monkeypatch.setattr(module, "queued", lambda: queue)
     log.write_text("")
-    patient, hasty = QueueWatch([LOST], log, every=0), QueueWatch([LOST], log, every=0, delay=-1)
+    state = ["COMPLETED"]
+    monkeypatch.setattr(module, "slurm_state", lambda number: state[0])
+    patient = QueueWatch([LOST], log, every=0)
     assert not patient.over(), "not submitted yet"
     log.write_text(submitted(17, log_folder_of(LOST)))
     assert not patient.over(), "in the queue"
     queue.clear()
     assert not patient.over(), "its result may still be on its way through the shared folder"
-    assert hasty.over(), "it left no result"
+    state[0] = "CANCELLED"
+    assert QueueWatch([LOST], log, every=0).over(), "there will be no result"
     folder = tmp_path / LOST.folder
     folder.mkdir(parents=True)
     (folder / "status.json").write_text("{}")
     assert patient.over()
+
+
+def test_jobs_that_can_never_start_are_cancelled_and_say_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPENDIUM_ROOT", str(tmp_path))
+    commands = []
+    monkeypatch.setattr(module, "_ask", lambda *command: commands.append(command) or "")
+    zoo = module.log_folder() / "rule_zoo_bert_en"
+    batch = submitted(17, log_folder_of(LOST)) + submitted(18, zoo)
+    for folder in (log_folder_of(LOST), zoo):
+        folder.mkdir(parents=True)
+    module.give_up([LOST], batch, {"17": "Resources", "18": "PartitionTimeLimit", "3": "Priority"})
+    assert commands == [("scancel", "18")]
+    assert explanation(LOST, batch) == (
+        "checkpoint 'bert-en': its Slurm job 18 can never start here (PartitionTimeLimit); "
+        "ask for less, or another partition"
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,6 +354,13 @@ def test_what_slurm_refuses_is_one_line(cluster):
     status, rows, errors = cluster.run("--preset", "smoke", "--partition", "nowhere")
     assert (status, errors) == (1, "")
     assert "Slurm refused its job: invalid partition specified: nowhere" in rows["flat"]
+
+
+def test_a_job_that_can_never_start_does_not_wait_for_ever(cluster):
+    cluster.checkout.write("cnn_ner")
+    status, rows, errors = cluster.run("--preset", "smoke", "--time-limit", "7200")
+    assert (status, errors) == (1, "")
+    assert "can never start here (PartitionTimeLimit); ask for less" in rows["cnn_ner"]
 
 
 def test_jobs_end_with_the_batch_and_those_of_a_killed_batch_with_the_next(cluster):
