@@ -57,7 +57,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=0
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory}
 PartitionName=short Nodes={host} Default=YES MaxTime=60 State=UP
-PartitionName=accelerated Nodes={host} MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes={host} MaxTime=INFINITE State=UP
 """
 
 

@@ -299,12 +299,12 @@ def test_three_chapters_one_cancelled_midway_and_the_rerun_completes_it(cluster)
     cluster.checkout.write("flat")
     cluster.checkout.write("mccws", "raise ValueError('the lexicon is empty')")
     cluster.checkout.write("udr", WAITS.replace("GO", repr(str(folder / "go"))))
-    smoke = ("--preset", "smoke", "--partition", "accelerated", "--account", "nlp")
+    smoke = ("--preset", "smoke", "--partition", "gpu", "--account", "nlp")
     batch = cluster.start(*smoke, "--memory-gb", "2")
     wait_until(lambda: list(runs.glob("udr-*.part-*/cell.txt")))  # its notebook runs
     (line,) = cluster.jobs("%i %T %m %C %l %b %P %a")["udr"]
     number, *told = line.split()
-    assert told == ["RUNNING", "2000M", "1", "15:00", "N/A", "accelerated", "nlp"]
+    assert told == ["RUNNING", "2000M", "1", "15:00", "N/A", "gpu", "nlp"]
     cluster.command("scancel", number)
     status, rows, errors = cluster.result(batch)
     assert (status, errors) == (1, "")
@@ -338,7 +338,7 @@ def test_three_chapters_one_cancelled_midway_and_the_rerun_completes_it(cluster)
 
 def test_a_gpu_preset_asks_for_a_gpu(cluster):
     cluster.checkout.write("aor")
-    arguments = ("--preset", "benchmark", "--cores", "2", "--partition", "accelerated")
+    arguments = ("--preset", "benchmark", "--cores", "2", "--partition", "gpu")
     status, rows, errors = cluster.run("aor", *arguments)
     assert errors == ""
     (number,) = cluster.jobs("%i")["aor"]
