@@ -204,6 +204,7 @@ def one_node_slurm() -> Iterator[Mapping[str, str]]:
     """Run a one-node Slurm; yields the environment variables with which its commands work."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munge wants its socket where everybody may look
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is reached
     try:
         if not installed():
             download(folder)
@@ -240,6 +241,7 @@ def one_node_slurm() -> Iterator[Mapping[str, str]]:
     finally:
         end_all(folder)
         shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
