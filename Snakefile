@@ -44,4 +44,4 @@ rule chapter:
     resources:
         gpu=lambda wildcards: JOBS[wildcards.run].gpus,
     shell:
-        "exec {PYTHON} -c 'from compendium.runner.execute import main; main()' {wildcards.run}.json"
+        "exec {PYTHON} -c 'from compendium.runner.warm import main; main()' {wildcards.run}.json"

@@ -22,6 +22,7 @@ from ..catalogue import root
 from ..experiment.record import Record, RecordError, load_record, write_atomically
 from .execute import Failure, locked
 from .plan import Job, visible_gpus
+from .warm import warm_kernels
 
 # %% ../../../nbs/00_foundations/runner_batch.ipynb #162b145a
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def snakemake_command(
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+def _running(
+    command: Sequence[str], log: Path, settings: Mapping[str, str]
+) -> Iterator[subprocess.Popen]:
     folders = {
         name: os.environ[name]
         for name in ("COMPENDIUM_DATA", "COMPENDIUM_ZOO")
@@ -138,7 +141,7 @@ def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
             command,
             stdout=output,
             stderr=output,
-            env=os.environ | absolute,
+            env=os.environ | absolute | settings,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
@@ -193,6 +196,10 @@ def run_batch(
         raise BatchError(f"cannot write {error.filename or home}: {error.strerror}") from error
 
 # %% ../../../nbs/00_foundations/runner_batch.ipynb #516092f9
+def _say(sentence: str) -> None:
+    print(f"compendium: {sentence}", file=sys.stderr, flush=True)
+
+
 def _run_locked(
     jobs: Sequence[Job], cores: int, keep_going: bool, force: bool, show: Show | None
 ) -> list[Result]:
@@ -206,8 +213,13 @@ def _run_locked(
             job.save()
         plan = home / "plan.json"
         write_atomically(plan, json.dumps([str(job.file) for job in waiting], indent=1) + "\n")
-        with _running(snakemake_command(plan, cores, keep_going), log) as process:
+        command = snakemake_command(plan, cores, keep_going)
+        with (
+            warm_kernels(waiting, _say) as warmth,
+            _running(command, log, warmth.environment) as process,
+        ):
             while process.poll() is None:
+                warmth.look()
                 if show:
                     show({job.chapter: progress_of(job) for job in waiting})
                 time.sleep(0.2)
