@@ -83,7 +83,7 @@ def declared_imports(sources: Sequence[str]) -> list[Import]:
             found |= dict.fromkeys(_imports(ast.walk(tree), package))
     return [(module, names) for module, names in found if not module.startswith(chapters)]
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #7b016c67
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #723f0130
 RUNNER: tuple[Import, ...] = tuple(
     (module, ())
     for module in (
@@ -97,8 +97,8 @@ RUNNER: tuple[Import, ...] = tuple(
 )
 
 
-def import_all(imports: Iterable[Import], pause: Callable[[], None] = lambda: None) -> None:
-    """Import modules and look up names in them; `pause` is called before each.
+def import_all(imports: Iterable[Import]) -> None:
+    """Import modules and look up names in them.
 
     Raises `NotWarm` when the process can no longer fork afterwards.
     """
@@ -106,7 +106,6 @@ def import_all(imports: Iterable[Import], pause: Callable[[], None] = lambda: No
     if hidden:
         sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     for module, names in imports:
-        pause()
         with contextlib.suppress(Exception):
             loaded = importlib.import_module(module)
             for name in names:
@@ -161,7 +160,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any] | None, list[int]
         return None, []
     return json.loads(data) if data else None, files
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #119707be
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #89267256
 class Parent:
     """Forks children for the clients that connect to `listener`, until `lifeline` ends.
 
@@ -171,28 +170,30 @@ class Parent:
     def __init__(
         self, listener: socket.socket, lifeline: int, environment: Mapping[str, str]
     ) -> None:
-        self.environment, self.ended = dict(environment), False
+        self.environment = dict(environment)
         self.children: dict[socket.socket, int] = {}
         self.selector = selectors.DefaultSelector()
         self.watch(listener, _accept)
-        self.watch(lifeline, _end)
+        self.watch(lifeline, lambda *_: sys.exit())
 
     def watch(self, file: Any, react: Callable[["Parent", Any], Any]) -> None:
         """Call `react(self, file)` whenever there is something to read in `file`."""
         self.selector.register(file, selectors.EVENT_READ, react)
 
-    def serve(self) -> Callable[[], None] | None:
-        """Serve until the batch ends (None), or, in a child, what the child is to do."""
-        while not self.ended:
+    def serve(self) -> Callable[[], None]:
+        """Serve until the batch ends (`SystemExit`); in a child, return what the child is to do."""
+        while True:
             (key, _), *_ = self.selector.select()
             if task := key.data(self, key.fileobj):
                 return task
-        return None
 
-    def check_lifeline(self) -> None:
-        """Raise `SystemExit` when the batch has ended; for use between imports."""
-        if any(key.data is _end for key, _ in self.selector.select(timeout=0)):
-            sys.exit(0)
+    def end(self) -> None:
+        """Kill all children, and tell their clients."""
+        for connection, pid in self.children.items():
+            signal_group(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            with contextlib.suppress(OSError):
+                send(connection, {"exit": -signal.SIGKILL})
 
     def close(self) -> None:
         """Close, in a new child, all that belongs to the parent."""
@@ -260,7 +261,7 @@ def _check_environment(ours: Mapping[str, str], theirs: Mapping[str, str]) -> No
     if names := differing(ours, theirs):
         raise NotWarm(f"its environment differs in {', '.join(names)}")
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #b01d4cf3
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #fa46dbe1
 def _reap(connection: socket.socket, parent: Parent, ended: int) -> None:
     pid = parent.children.pop(connection)
     signal_group(pid, signal.SIGKILL)
@@ -270,25 +271,15 @@ def _reap(connection: socket.socket, parent: Parent, ended: int) -> None:
     with contextlib.suppress(OSError):
         send(connection, {"exit": code})
 
-
-def _end(parent: Parent, _: int) -> None:
-    for connection, pid in parent.children.items():
-        signal_group(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        with contextlib.suppress(OSError):
-            send(connection, {"exit": -signal.SIGKILL})
-    parent.ended = True
-
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #3d39a0aa
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #59f3569a
 def become(request: Mapping[str, Any], files: Sequence[int], parent: int) -> None:
     """In a new child of the process `parent`: take over what `request` asks for, and do it."""
-    import ctypes
-
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _on_death_of_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(os.devnull) as nothing:
         for source, target in zip([nothing.fileno(), *files], range(3), strict=True):
             os.dup2(source, target)
@@ -343,7 +334,7 @@ def _kernel(arguments: list[str]) -> None:
 
 TASKS: Mapping[str, Callable[[list[str]], None]] = {"job": _job, "kernel": _kernel}
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #e3ee5043
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #16d93c09
 def serve() -> None:
     """The warm parent: `sys.argv` is its folder, socket and lifeline; imports come as JSON on stdin."""
     import gc
@@ -357,24 +348,29 @@ def serve() -> None:
     environment = dict(os.environ)
     for name, value in OWN.items():
         os.environ.setdefault(name, value)
-    imports = [(module, tuple(names)) for module, names in json.load(sys.stdin)]
-    task = None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    _on_death_of_parent(signal.SIGTERM)
+    parent = Parent(listener, lifeline, environment)
     try:
-        parent = Parent(listener, lifeline, environment)
-        import_all([*RUNNER, *imports], parent.check_lifeline)
+        import_all([*RUNNER, *map(tuple, json.load(sys.stdin))])
         gc.collect()
         gc.freeze()
         task = parent.serve()
-    except (NotWarm, OSError) as error:
-        sys.exit(str(error))
-    finally:
-        if task is None:
-            shutil.rmtree(folder, ignore_errors=True)
-    if task is None:
-        os._exit(0)  # nothing to tidy up in all that was imported
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            print(error, file=sys.stderr, flush=True)
+        parent.end()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(not isinstance(error, SystemExit))  # nothing to tidy up in all that was imported
     task()
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #7e8eace2
+
+def _on_death_of_parent(number: int) -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #f8d9a74d
 class WarmParent:
     """A warm parent with its private folder, for the time of one batch.
 
@@ -416,6 +412,7 @@ class WarmParent:
     def close(self) -> None:
         """End the parent and all its children, and remove its folder."""
         os.close(self._lifeline)
+        self._process.terminate()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
