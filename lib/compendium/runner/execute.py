@@ -23,7 +23,7 @@ from typing import Any
 from ..catalogue import catalogue, root
 from ..experiment.record import RecordError, load_record, write_atomically
 from .plan import Job, visible_gpus
-from .warm import kill_kernels, warm_folder
+from .warm import kill_kernels, place_for_sockets
 
 # %% ../../../nbs/00_foundations/runner_execute.ipynb #1cfdfc54
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def run_notebook(job: Job, folder: Path) -> Failure | None:
 
     parameters = {name: getattr(job, name) for name in ("preset", "seed", "device", "overrides")}
     with (
-        tempfile.TemporaryDirectory(prefix="compendium-", dir=warm_folder()) as sockets,
+        tempfile.TemporaryDirectory(prefix="job-", dir=place_for_sockets()) as sockets,
         Watchdog(job.time_limit) as watchdog,
     ):
         try:

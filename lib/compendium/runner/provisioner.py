@@ -33,7 +33,7 @@ class WarmProvisioner(LocalProvisioner):
         self.pid, self.pgid, self.cwd = self.process.pid, None, folder
         return self.connection_info
 
-# %% ../../../nbs/00_foundations/runner_provisioner.ipynb #769a101a
+# %% ../../../nbs/00_foundations/runner_provisioner.ipynb #f2fd2180
 def settings(sockets: str, warm: bool) -> Config:
     """The configuration for a kernel whose channels lie in the folder `sockets`.
 
@@ -43,7 +43,7 @@ def settings(sockets: str, warm: bool) -> Config:
     KernelProvisionerFactory.instance().default_provisioner_name = chosen
     manager = {
         "connection_file": f"{sockets}/connection.json",
-        "ip": f"{sockets}/kernel",
+        "ip": f"{sockets}/k",  # with `-1` to `-5` behind; a socket's name must be short
         "transport": "ipc",
     }
     return Config(KernelManager=manager)

@@ -4,7 +4,7 @@
 __all__ = ['VARIABLE', 'Import', 'RUNNER', 'FREE_PREFIXES', 'FREE', 'THREADS', 'OWN', 'LARGEST', 'TASKS', 'PROVISIONER',
            'NotWarm', 'check_forkable', 'declared_imports', 'import_all', 'differing', 'send', 'receive', 'Parent',
            'signal_group', 'become', 'begin_anew', 'serve', 'WarmParent', 'warm_kernels', 'Warmth', 'warm_folder',
-           'Forked', 'kill_kernels', 'main']
+           'place_for_sockets', 'Forked', 'kill_kernels', 'main']
 
 # %% ../../../nbs/00_foundations/runner_warm.ipynb #33628fd5
 import contextlib
@@ -370,7 +370,7 @@ def _on_death_of_parent(number: int) -> None:
 
     ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #f8d9a74d
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #a65c0056
 class WarmParent:
     """A warm parent with its private folder, for the time of one batch.
 
@@ -384,7 +384,7 @@ class WarmParent:
         if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
             raise NotWarm(f"forking is safe on Linux only, and this is {sys.platform}")
         _check_registered()
-        self.folder, self.log = Path(tempfile.mkdtemp(prefix="compendium-warm-")), log
+        self.folder, self.log = Path(tempfile.mkdtemp("", "compendium-", place_for_sockets())), log
         read, self._lifeline = os.pipe()
         program = "from compendium.runner.warm import serve; serve()"
         with log.open("w") as output, _listener(self.folder) as listener:
@@ -437,7 +437,7 @@ def _check_registered() -> None:
 
 PROVISIONER = "compendium-warm"
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #a88a40af
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #95637fa7
 @contextlib.contextmanager
 def warm_kernels(jobs: Sequence[Any], say: Callable[[str], None]) -> Iterator["Warmth"]:
     """For the time of the block: a warm parent for `jobs`, or a reason, said once, why there is none.
@@ -446,7 +446,7 @@ def warm_kernels(jobs: Sequence[Any], say: Callable[[str], None]) -> Iterator["W
     and then.
     """
     warmth = Warmth(say)
-    if os.environ.get(VARIABLE, "off") != "off" and warm_folder() is None:
+    if os.environ.get(VARIABLE, "") not in ("", "off") and warm_folder() is None:
         say(f"ordinary kernels are used: {VARIABLE} names no warm parent")
     if os.environ.get(VARIABLE) or not any(job.device == "cpu" for job in jobs):
         yield warmth
@@ -500,11 +500,17 @@ class Warmth:
             self._parent.close()
             self._parent = None
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #dbf7ed55
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #14b71fae
 def warm_folder() -> Path | None:
     """The private folder of the warm parent that serves this process, or None."""
     folder = os.environ.get(VARIABLE, "off")
     return Path(folder) if folder not in ("", "off") and os.path.isdir(folder) else None
+
+
+def place_for_sockets() -> str:
+    """Where a private folder with sockets may be made: their full names must stay below 108 bytes."""
+    usual = str(warm_folder() or tempfile.gettempdir())
+    return usual if len(os.fsencode(usual)) <= 80 else "/tmp"
 
 
 def _ask(request: Mapping[str, Any]) -> tuple[socket.socket, int]:
