@@ -160,7 +160,7 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any] | None, list[int]
         return None, []
     return json.loads(data) if data else None, files
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #89267256
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #c81e8462
 class Parent:
     """Forks children for the clients that connect to `listener`, until `lifeline` ends.
 
@@ -174,7 +174,7 @@ class Parent:
         self.children: dict[socket.socket, int] = {}
         self.selector = selectors.DefaultSelector()
         self.watch(listener, _accept)
-        self.watch(lifeline, lambda *_: sys.exit())
+        self.watch(lifeline, _stop)
 
     def watch(self, file: Any, react: Callable[["Parent", Any], Any]) -> None:
         """Call `react(self, file)` whenever there is something to read in `file`."""
@@ -334,7 +334,7 @@ def _kernel(arguments: list[str]) -> None:
 
 TASKS: Mapping[str, Callable[[list[str]], None]] = {"job": _job, "kernel": _kernel}
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #16d93c09
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #c4e44fa6
 def serve() -> None:
     """The warm parent: `sys.argv` is its folder, socket and lifeline; imports come as JSON on stdin."""
     import gc
@@ -348,7 +348,7 @@ def serve() -> None:
     environment = dict(os.environ)
     for name, value in OWN.items():
         os.environ.setdefault(name, value)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, _stop)
     _on_death_of_parent(signal.SIGTERM)
     parent = Parent(listener, lifeline, environment)
     try:
@@ -363,6 +363,12 @@ def serve() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(not isinstance(error, SystemExit))  # nothing to tidy up in all that was imported
     task()
+
+
+def _stop(*_: Any) -> None:
+    """End the parent; what ends the batch may come twice, and must not disturb the tidying up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit()
 
 
 def _on_death_of_parent(number: int) -> None:
