@@ -376,7 +376,40 @@ def _on_death_of_parent(number: int) -> None:
 
     ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #a65c0056
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #f7786193
+PROVISIONER = "compendium-warm"  # the entry point in pyproject.toml
+
+
+def _listener(folder: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(folder / "socket"))
+    listener.listen(128)
+    return listener
+
+
+def _check_registered() -> None:
+    from importlib.metadata import entry_points
+
+    if not entry_points(group="jupyter_client.kernel_provisioners", name=PROVISIONER):
+        raise NotWarm("the installation is older than the code; run: pip install --no-deps -e .")
+
+
+def _program(
+    folder: Path, files: list[int], environment: Mapping[str, str], log: Path
+) -> subprocess.Popen:
+    program = "from compendium.runner.warm import serve; serve()"
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, str(folder), *map(str, files)],
+            env=environment,
+            pass_fds=files,
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+        )
+
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #4e8f32b8
 class WarmParent:
     """A warm parent with its private folder, for the time of one batch.
 
@@ -392,18 +425,9 @@ class WarmParent:
         _check_registered()
         self.folder, self.log = Path(tempfile.mkdtemp("", "compendium-", place_for_sockets())), log
         read, self._lifeline = os.pipe()
-        program = "from compendium.runner.warm import serve; serve()"
-        with log.open("w") as output, _listener(self.folder) as listener:
+        with _listener(self.folder) as listener:
             files = [listener.fileno(), read]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", program, str(self.folder), *map(str, files)],
-                env=os.environ | environment,
-                pass_fds=files,
-                start_new_session=True,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-            )
+            self._process = _program(self.folder, files, os.environ | environment, log)
         os.close(read)
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
             pipe.write(json.dumps(imports).encode())
@@ -426,24 +450,7 @@ class WarmParent:
             self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-
-def _listener(folder: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(folder / "socket"))
-    listener.listen(128)
-    return listener
-
-
-def _check_registered() -> None:
-    from importlib.metadata import entry_points
-
-    if not entry_points(group="jupyter_client.kernel_provisioners", name=PROVISIONER):
-        raise NotWarm("the installation is older than the code; run: pip install --no-deps -e .")
-
-
-PROVISIONER = "compendium-warm"
-
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #95637fa7
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #f40992ff
 @contextlib.contextmanager
 def warm_kernels(jobs: Sequence[Any], say: Callable[[str], None]) -> Iterator["Warmth"]:
     """For the time of the block: a warm parent for `jobs`, or a reason, said once, why there is none.
@@ -463,7 +470,7 @@ def warm_kernels(jobs: Sequence[Any], say: Callable[[str], None]) -> Iterator["W
     finally:
         warmth.close()
 
-
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #1c2f7628
 class Warmth:
     """What a batch knows of its warm parent; see `warm_kernels`."""
 
@@ -506,7 +513,7 @@ class Warmth:
             self._parent.close()
             self._parent = None
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #14b71fae
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #5c5e7b95
 def warm_folder() -> Path | None:
     """The private folder of the warm parent that serves this process, or None."""
     folder = os.environ.get(VARIABLE, "off")
@@ -535,7 +542,15 @@ def _ask(request: Mapping[str, Any]) -> tuple[socket.socket, int]:
         raise NotWarm(answer["refused"])
     return connection, answer["pid"]
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #480859cb
+
+def _exit_status(connection: socket.socket, flags: int) -> tuple[int, bool]:
+    try:
+        data = connection.recv(LARGEST, flags)
+    except ConnectionError:
+        data = b""
+    return (json.loads(data)["exit"], False) if data else (-signal.SIGKILL, True)
+
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #85d3c15b
 class Forked:
     """A child that the warm parent forked for this process; like a `subprocess.Popen`.
 
@@ -564,16 +579,9 @@ class Forked:
         return self._receive(0)
 
     def _receive(self, flags: int) -> int | None:
-        with self._lock:
+        with self._lock, contextlib.suppress(BlockingIOError):
             if self.returncode is None:
-                try:
-                    data = self._connection.recv(LARGEST, flags)
-                except BlockingIOError:
-                    return None
-                except ConnectionError:
-                    data = b""
-                self.orphaned = not data
-                self.returncode = json.loads(data)["exit"] if data else -signal.SIGKILL
+                self.returncode, self.orphaned = _exit_status(self._connection, flags)
                 self._connection.close()
                 Forked.running.discard(self)
         return self.returncode
@@ -583,15 +591,7 @@ class Forked:
         with contextlib.suppress(OSError):
             send(self._connection, {"signal": int(number)})
 
-    def kill(self) -> None:
-        """Kill the child."""
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self) -> None:
-        """Ask the child to end."""
-        self.send_signal(signal.SIGTERM)
-
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #2f9ce198
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #9676eb65
 def kill_kernels() -> None:
     """Kill the kernels that were forked for this process and all that they have started."""
     import psutil
@@ -600,7 +600,7 @@ def kill_kernels() -> None:
         family = []
         with contextlib.suppress(psutil.NoSuchProcess):
             family = psutil.Process(kernel.pid).children(recursive=True)
-        kernel.kill()
+        kernel.send_signal(signal.SIGKILL)
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
