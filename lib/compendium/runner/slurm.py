@@ -199,7 +199,7 @@ def slurm_state(number: str) -> str:
                 return words[0]  # of "CANCELLED by 1000"
     return ""
 
-# %% ../../../nbs/00_foundations/runner_slurm.ipynb #0439bebf
+# %% ../../../nbs/00_foundations/runner_slurm.ipynb #db17a5d0
 def refusal(output: str, batch: str) -> str:
     """Why `sbatch` did not take the job that makes the file `output`, from the text of the `batch`'s log."""
     for block in batch.split("Error in rule ")[1:]:
@@ -215,7 +215,7 @@ def places(job: Job) -> list[tuple[str, Path]]:
     zoo = [(name, log_folder() / f"rule_zoo_{name.replace('-', '_')}") for name in job.zoo]
     return [(job.chapter, log_folder_of(job)), *zoo]
 
-
+# %% ../../../nbs/00_foundations/runner_slurm.ipynb #b139819f
 def explanation(job: Job, batch: str) -> str:
     """Why `job` left no result, in one sentence, from the text of the `batch`'s log and from Slurm."""
     for name, folder in places(job):
@@ -234,7 +234,7 @@ def explanation(job: Job, batch: str) -> str:
         return f"Slurm refused its job: {refused}"
     return "it was not run; the log of the batch says why"
 
-# %% ../../../nbs/00_foundations/runner_slurm.ipynb #c57a726f
+# %% ../../../nbs/00_foundations/runner_slurm.ipynb #ba62db21
 HOPELESS = re.compile(
     r"PartitionTimeLimit|PartitionNodeLimit|BadConstraints|InvalidAccount|InvalidQOS"
     r"|(?:QOS|Assoc)Max\w+PerJob\w*|MaxMemPerLimit"
@@ -251,7 +251,7 @@ def give_up(jobs: Iterable[Job], batch: str, waiting: Mapping[str, str]) -> None
             (folder / f"{number}.log").write_text(f"{name}: {sentence}, or another partition\n")
             _ask("scancel", number)
 
-
+# %% ../../../nbs/00_foundations/runner_slurm.ipynb #fecf2dfe
 class QueueWatch:
     """Tells when the Slurm jobs of a batch are over; `log` is the file of the batch's log."""
 
@@ -285,7 +285,7 @@ class QueueWatch:
             for job, number in zip(self._jobs, numbers, strict=True)
         )
 
-
+# %% ../../../nbs/00_foundations/runner_slurm.ipynb #520ef19d
 def has_result(job: Job) -> bool:
     """Whether `job` has left its record or its failure."""
     folder = root() / job.folder
