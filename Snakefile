@@ -47,4 +47,4 @@ rule chapter:
     resources:
         **rule_resources(JOBS),
     shell:
-        "exec {PYTHON} -c 'from compendium.runner.execute import main; main()' {wildcards.run}.json"
+        "exec {PYTHON} -c 'from compendium.runner.warm import main; main()' {wildcards.run}.json"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,8 @@ def notebook(*cells: str) -> str:
 class SmallCheckout:
     """A checkout with toy chapters, where the real command line runs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+        self.folder, self.settings = folder, settings
         for name in ("settings.ini", "Snakefile", "README.md"):
             shutil.copy(ROOT / name, folder / name)
         (folder / "nbs").mkdir()
@@ -102,7 +103,7 @@ class SmallCheckout:
         return subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
-            env=self.environment(**changes),
+            env=self.environment(**self.settings | changes),
             capture_output=True,
             text=True,
             timeout=300,
@@ -114,7 +115,25 @@ class SmallCheckout:
         return sorted(path.parent for path in found if "." not in path.parent.name)
 
 
+@pytest.fixture(scope="session")
+def warm_parent(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The setting that lets all batches of the tests share one warm parent; empty where there is none."""
+    from compendium.runner.execute import kernel_environment
+    from compendium.runner.plan import Job
+    from compendium.runner.warm import THREADS, VARIABLE, NotWarm, WarmParent, declared_imports
+
+    folder = tmp_path_factory.mktemp("warm")
+    environment = kernel_environment(Job("flat", "smoke"), folder) | dict.fromkeys(THREADS, "1")
+    try:
+        parent = WarmParent(declared_imports([TOY, FINISH]), environment, folder / "warm.log")
+    except NotWarm:
+        yield {}
+        return
+    yield {VARIABLE: str(parent.folder)}
+    parent.close()
+
+
 @pytest.fixture
-def small_checkout(tmp_path: Path) -> SmallCheckout:
-    """An empty `SmallCheckout`."""
-    return SmallCheckout(tmp_path)
+def small_checkout(tmp_path: Path, warm_parent) -> SmallCheckout:
+    """An empty `SmallCheckout`, where `compendium` uses the shared warm parent."""
+    return SmallCheckout(tmp_path, warm_parent)

@@ -30,6 +30,7 @@ from compendium.runner.slurm import (
     slurm_log,
     slurm_options,
 )
+from .warm import warm_kernels
 
 # %% ../../../nbs/00_foundations/runner_batch.ipynb #162b145a
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def snakemake_command(plan: Path, options: Sequence[str], keep_going: bool) -> l
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
+def _running(
+    command: Sequence[str], log: Path, settings: Mapping[str, str]
+) -> Iterator[subprocess.Popen]:
     folders = {
         name: os.environ[name]
         for name in ("COMPENDIUM_DATA", "COMPENDIUM_ZOO")
@@ -148,7 +151,7 @@ def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
             command,
             stdout=output,
             stderr=output,
-            env=os.environ | absolute,
+            env=os.environ | absolute | settings,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
@@ -205,6 +208,10 @@ def run_batch(
         raise BatchError(f"cannot write {error.filename or home}: {error.strerror}") from error
 
 # %% ../../../nbs/00_foundations/runner_batch.ipynb #516092f9
+def _say(sentence: str) -> None:
+    print(f"compendium: {sentence}", file=sys.stderr, flush=True)
+
+
 def _told_by_slurm(result: Result, log: Path) -> Result:
     batch = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     own, failure = slurm_log(result.job, batch), result.failure
@@ -226,19 +233,25 @@ def _run_locked(
     waiting = [job for job in jobs if job.chapter not in ready]
     log = home / "batch.log"
     if waiting:
+        plan = home / "plan.json"
         options = slurm_options(at_a_time) if slurm else local_options(at_a_time)
-        with only_while_watched() if slurm else contextlib.nullcontext():
+        command = snakemake_command(plan, options, keep_going)
+        with contextlib.ExitStack() as stack:
+            if slurm:
+                stack.enter_context(only_while_watched())
             for job in waiting:
                 _remove(job)
                 job.save()
-            plan = home / "plan.json"
             write_atomically(plan, json.dumps([str(job.file) for job in waiting], indent=1) + "\n")
-            with _running(snakemake_command(plan, options, keep_going), log) as process:
-                watch = QueueWatch(waiting, log) if slurm else None
-                while process.poll() is None and not (watch and watch.over()):
-                    if show:
-                        show({job.chapter: progress_of(job) for job in waiting})
-                    time.sleep(0.2)
+            warmth = stack.enter_context(warm_kernels([] if slurm else waiting, _say))
+            settings = {"COMPENDIUM_WARM": "off"} if slurm else warmth.environment
+            process = stack.enter_context(_running(command, log, settings))
+            watch = QueueWatch(waiting, log) if slurm else None
+            while process.poll() is None and not (watch and watch.over()):
+                warmth.look()
+                if show:
+                    show({job.chapter: progress_of(job) for job in waiting})
+                time.sleep(0.2)
         if show:
             show({job.chapter: progress_of(job) for job in waiting})
     results = {job.chapter: result_of(job, log) for job in jobs}

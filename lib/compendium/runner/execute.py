@@ -23,6 +23,7 @@ from typing import Any
 from ..catalogue import catalogue, root
 from ..experiment.record import RecordError, load_record, write_atomically
 from .plan import Job, visible_gpus
+from .warm import kill_kernels, place_for_sockets
 
 # %% ../../../nbs/00_foundations/runner_execute.ipynb #1cfdfc54
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Watchdog:
                 for child in psutil.Process().children(recursive=True):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         child.send_signal(signal.SIGKILL)
+                kill_kernels()
                 return
 
 # %% ../../../nbs/00_foundations/runner_execute.ipynb #b0ca2016
@@ -177,7 +179,8 @@ def run_notebook(job: Job, folder: Path) -> Failure | None:
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
+
+    from compendium.runner.provisioner import settings
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     executed = folder / "notebook.ipynb"
@@ -192,18 +195,16 @@ def run_notebook(job: Job, folder: Path) -> Failure | None:
 
     parameters = {name: getattr(job, name) for name in ("preset", "seed", "device", "overrides")}
     with (
-        tempfile.TemporaryDirectory(prefix="compendium-") as sockets,
+        tempfile.TemporaryDirectory(prefix="job-", dir=place_for_sockets()) as sockets,
         Watchdog(job.time_limit) as watchdog,
     ):
-        # Messages travel through sockets in a private folder, not over open TCP ports.
-        transport = {"transport": "ipc", "ip": f"{sockets}/kernel"}
         try:
             papermill.execute_notebook(
                 source,
                 executed,
                 parameters=parameters,
                 kernel_name="python3",
-                config=Config(KernelManager=transport),
+                config=settings(sockets, warm=job.device == "cpu"),
                 cwd=source.parent,
                 progress_bar=False,
                 autosave_cell_every=0,
