@@ -18,7 +18,7 @@ import torch
 
 from .config import ConfigError
 
-# %% ../../../nbs/00_foundations/experiment_reproducible.ipynb #0e000a8b
+# %% ../../../nbs/00_foundations/experiment_reproducible.ipynb #5dc79337
 def seed_everything(seed: int) -> None:
     """Start Python's, NumPy's and torch's generators (CPU and CUDA) from `seed`, deterministically.
 
@@ -28,7 +28,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries still draw from the global generator
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # the other switch imports the whole compiler
     torch.backends.cudnn.benchmark = False
 
 # %% ../../../nbs/00_foundations/experiment_reproducible.ipynb #f074ee12

@@ -33,7 +33,7 @@ class Example(NamedTuple):
     text: str
     answer: str
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #60d90c6c
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #706275c0
 @dataclass
 class Task:
     """Solved examples and how to show them.
@@ -59,7 +59,7 @@ class Task:
         if not 0 <= self.template.find("{text}") < self.template.find("{answer}"):
             raise ValueError(f"template {self.template!r} needs {{text}} and, after it, {{answer}}")
         if not self.train:
-            raise ValueError(f"task {self.name!r} has no training example to retrieve")
+            raise ValueError(f"task {self.name!r} has no example in `train` to retrieve; give some")
 
     @property
     def queries(self) -> list[Example]:
@@ -74,7 +74,7 @@ class Task:
         """What the demonstration encoder reads."""
         return f"{self.instruction} {example.text}\t{example.answer}".strip()
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #1b7f43ac
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #23caeb3a
 def question(task: Task, text: str) -> str:
     """The template up to the answer, without the blank before it (which belongs to the answer's token)."""
     before, _, _ = task.template.partition("{answer}")
@@ -111,7 +111,9 @@ def build_icl_prompt(
     if max_tokens is not None:
         left = max_tokens - count_tokens(asked)
         if left < 0:
-            raise ValueError(f"the query alone has more than {max_tokens} tokens: {query[:60]!r}")
+            raise ValueError(
+                f"the query alone has more than {max_tokens} tokens: {query[:60]!r}; shorten it"
+            )
         lengths = np.cumsum([count_tokens(piece) for piece in reversed(pieces)])
         fitting = int((lengths <= left).sum())
         pieces = pieces[len(pieces) - fitting :]
@@ -218,7 +220,7 @@ def bi_encoder_from(
             side.load_state_dict(encoder.state_dict())
     return model
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #56510193
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #14542ba1
 class LMScorer:
     """Feedback of a frozen language model on demonstrations.
 
@@ -239,7 +241,8 @@ class LMScorer:
             demos: the candidates of every query, equally many.
         """
         if len({len(row) for row in demos}) > 1:
-            raise ValueError("every query needs equally many candidates")
+            counts = sorted({len(row) for row in demos})
+            raise ValueError(f"queries have {counts} candidates; give every one equally many")
         pairs = [(q, z) for q, row in zip(queries, demos, strict=True) for z in row]
         prompts = [build_icl_prompt([z], q.text, task) for q, z in pairs]
         if task.labels and self.normalise:
@@ -332,7 +335,7 @@ def udr_loss(
     ranking = listwise_rank_loss(own, rank, weight, reduction) if lam else own.new_zeros(())
     return lam * ranking + (1 - lam) * in_batch_loss(similarity, positive)
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #973adfad
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #0219aa1f
 class TemperatureTaskSampler(Sampler):
     """Batches of `(task, example)` numbers, each of one task, tasks by $p\\propto q^\\alpha$.
 
@@ -353,7 +356,7 @@ class TemperatureTaskSampler(Sampler):
         seed: int = 0,
     ) -> None:
         if not sizes or min(sizes) < 1:
-            raise ValueError(f"every task needs an example, but the sizes are {list(sizes)}")
+            raise ValueError(f"the sizes are {list(sizes)}; leave out tasks without examples")
         self.sizes, self.batch_size, self.num_batches = list(sizes), batch_size, num_batches
         share = np.array(sizes) / sum(sizes)
         self.probabilities = share**alpha / (share**alpha).sum()
@@ -374,7 +377,7 @@ class TemperatureTaskSampler(Sampler):
         for _ in range(self.num_batches):
             yield self._draw(int(self.rng.choice(len(self.sizes), p=self.probabilities)))
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #41db3206
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #17dead11
 SAMPLINGS = ("uniform", "structured", "extremes")
 
 
@@ -396,7 +399,7 @@ def without_gaps(candidates: np.ndarray, num_train: int) -> np.ndarray:
         )
     return kept
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #9050cc62
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #ba73a170
 def sample_list(
     scores: np.ndarray, size: int, sampling: str, rng: np.random.Generator, edge: int = 5
 ) -> np.ndarray:
@@ -452,7 +455,7 @@ def trimmed(part: Mapping[str, Tensor], rows: Tensor, name: str) -> dict[str, Te
         f"{name}_attention_mask": mask[:, :length],
     }
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #c9c64c4c
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #e5606942
 @torch.no_grad()
 def encode_all(
     encode: Callable[[Tensor, Tensor], Tensor],
@@ -506,7 +509,7 @@ def mine_candidates(
     found = DenseIndex(demos).search(queries, num_candidates, exclude=range(len(queries))).ids
     return without_gaps(found, len(encoded.task.train))
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #4e9a3f2c
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #86ad43f9
 @dataclass(frozen=True)
 class Stretch:
     """The steps of one iteration: how many, how many there were before, how many there are in all."""
@@ -649,7 +652,7 @@ class CandidateLists(torch.utils.data.Dataset):
             "rank": ranks,
         }
 
-# %% ../../../nbs/06_retrieval/02_udr.ipynb #7fc4a306
+# %% ../../../nbs/06_retrieval/02_udr.ipynb #6e1f9187
 class DemonstrationRetriever(BaseEstimator):
     """Nearest demonstrations under a trained bi-encoder (`model`, `tokenizer`).
 

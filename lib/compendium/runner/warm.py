@@ -46,7 +46,7 @@ def check_forkable(after: str = "") -> None:
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/nvidia"):
                 raise NotWarm(f"a GPU is open{cause}; its context does not survive a fork")
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #b9e64383
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #640e023b
 Import = tuple[str, tuple[str, ...]]  # a module and the names taken from it
 
 
@@ -81,6 +81,8 @@ def declared_imports(sources: Sequence[str]) -> list[Import]:
         if not package.startswith(chapters):
             tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
             found |= dict.fromkeys(_imports(ast.walk(tree), package))
+    if any(module.split(".")[0] == "torch" for module, _ in found):
+        found["torch._dynamo", ()] = None  # seconds that the first optimizer would otherwise take
     return [(module, names) for module, names in found if not module.startswith(chapters)]
 
 # %% ../../../nbs/00_foundations/runner_warm.ipynb #723f0130
@@ -334,7 +336,7 @@ def _kernel(arguments: list[str]) -> None:
 
 TASKS: Mapping[str, Callable[[list[str]], None]] = {"job": _job, "kernel": _kernel}
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #c4e44fa6
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #369c9339
 def serve() -> None:
     """The warm parent: `sys.argv` is its folder, socket and lifeline; imports come as JSON on stdin."""
     import gc
@@ -409,7 +411,7 @@ def _program(
             stderr=output,
         )
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #4e8f32b8
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #25c0bf6c
 class WarmParent:
     """A warm parent with its private folder, for the time of one batch.
 
@@ -470,7 +472,7 @@ def warm_kernels(jobs: Sequence[Any], say: Callable[[str], None]) -> Iterator["W
     finally:
         warmth.close()
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #1c2f7628
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #006baeb1
 class Warmth:
     """What a batch knows of its warm parent; see `warm_kernels`."""
 

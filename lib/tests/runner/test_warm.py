@@ -118,6 +118,7 @@ def test_the_imports_are_those_that_chapters_declare():
     modules = {module for module, _ in found}
     assert "pandas" in modules, "a foundation imports it late, but every chapter needs it"
     assert "compendium.experiment.claims" in modules, "a relative import of a foundation"
+    assert "torch._dynamo" in modules, "an optimizer imports it late"
     assert not modules & {"faiss", "compendium.chinese.flat"}
     assert not any(module.startswith("compendium.chinese") for module in modules)
     assert len(found) == len(set(found))
