@@ -263,7 +263,7 @@ class PromptTuner(Predictor):
         if score > self.dev_score_:
             self.prompt_, self.dev_score_ = prompt.detach().clone(), score
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #8338dc9a
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #ed9b3e38
 @dataclass(frozen=True)
 class SearchSettings:
     """The settings of a search; the defaults are the paper's, with step and scale of the code's later example."""
@@ -274,6 +274,7 @@ class SearchSettings:
     budget: int = 8000  # calls, B; what does not fill a round is not used
     sigma: float = 0.2  # first step size σ_z
     alpha: float = 0.2  # size of first prompts in units of the activations, α
+    input_alpha: float | None = None  # the same of layer 0 (default: `alpha`)
     loss: str = "ce"  # or "hinge"
     projection: str = (
         "normal"  # scaled to the layer; "uniform": in ±1/√d for every layer (torch's default)
@@ -291,7 +292,7 @@ class SearchSettings:
         if self.popsize < 2:
             raise ValueError(f"popsize={self.popsize} leaves nothing to compare; use 2 or more")
 
-# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #a0f3f02f
+# %% ../../../nbs/05_prompts/01_bbtv2.ipynb #92d13fb9
 def layer_projections(
     settings: SearchSettings, hidden_size: int, stds: Sequence[float]
 ) -> list[RandomProjection]:
@@ -301,12 +302,12 @@ def layer_projections(
     if settings.projection == "uniform":  # the deviation of a uniform number in ±1/√d is 1/√(3d)
         plain = (d, n, hidden_size, 1 / math.sqrt(3 * d))
         return [RandomProjection(*plain, kind="uniform", **shared) for _ in stds]
-    scales = (settings.alpha, settings.sigma)
+    first = settings.alpha if settings.input_alpha is None else settings.input_alpha
     return [
         RandomProjection.from_stats(
-            d, n, hidden_size, *scales, std, kind=settings.projection, **shared
+            d, n, hidden_size, alpha, settings.sigma, std, kind=settings.projection, **shared
         )
-        for std in stds
+        for alpha, std in zip([first, *[settings.alpha] * len(stds)], stds, strict=False)
     ]
 
 # %% ../../../nbs/05_prompts/01_bbtv2.ipynb #a57e1d98

@@ -146,6 +146,11 @@ def test_projections_of_layers_follow_their_scales():
         scaled = [0.5 * std / (10 * 0.2) for std in (0.1, 1.0, 4.0)]
         plain = [1 / math.sqrt(300)] * 3  # of a uniform number in ±1/10
         assert stds == pytest.approx(scaled if kind == "normal" else plain, rel=0.02)
+    options = SearchSettings(d=100, n=8, alpha=0.5, input_alpha=7.0, sigma=0.2)
+    stds = [
+        float(projection.matrix.std()) for projection in layer_projections(options, 64, [0.1, 1.0])
+    ]
+    assert stds == pytest.approx([7.0 * 0.1 / 2, 0.5 / 2], rel=0.03)
     assert found[0].matrix.abs().max() <= 0.1 + 1e-6
 
 
