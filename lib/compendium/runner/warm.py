@@ -117,10 +117,10 @@ def import_all(imports: Iterable[Import]) -> None:
     if hidden:
         del sys.modules["rfc3987_syntax"]
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #19cf34a1
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #b9325839
 FREE_PREFIXES = ("COMPENDIUM_", "JPY_", "PYTEST_")
 FREE = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "OLDPWD", "PWD", "SHLVL", "_")
-FREE += ("TEMP", "TEMPDIR", "TMP")  # Snakemake sets these; TMPDIR, which goes first, must agree
+FREE += ("TEMP", "TEMPDIR", "TMP", "TMPDIR")  # Snakemake sets these; `begin_anew` follows them
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 THREADS += ("GOTO_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 OWN = {
@@ -273,7 +273,7 @@ def _reap(connection: socket.socket, parent: Parent, ended: int) -> None:
     with contextlib.suppress(OSError):
         send(connection, {"exit": code})
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #59f3569a
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #5e4f8f14
 def become(request: Mapping[str, Any], files: Sequence[int], parent: int) -> None:
     """In a new child of the process `parent`: take over what `request` asks for, and do it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -297,7 +297,8 @@ def become(request: Mapping[str, Any], files: Sequence[int], parent: int) -> Non
 
 
 def begin_anew(threads: int) -> None:
-    """Give this child its own random state, and `threads` threads to compute with (0: as they are)."""
+    """Give this child its own random state and temporary folder, and `threads` threads (0: as they are)."""
+    tempfile.tempdir = None
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
     if torch := sys.modules.get("torch"):

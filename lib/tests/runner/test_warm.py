@@ -132,6 +132,7 @@ def test_the_environment_may_differ_only_where_it_is_read_late():
         "SLURM_JOB_ID": "1",
     }
     assert warm.differing(ours, ours | {"COMPENDIUM_ROOT": "b", "WANDB_MODE": "offline"}) == []
+    assert warm.differing(ours, ours | {"TMPDIR": "/scratch"}) == []
     assert warm.differing(ours, ours | {"OMP_NUM_THREADS": "4", "JPY_PARENT_PID": "7"}) == []
     assert warm.differing(ours, ours | {"PYTHONPATH": "x"}) == ["PYTHONPATH"]
     other = {"COMPENDIUM_ROOT": "a", "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "2"}
@@ -164,7 +165,7 @@ def test_the_parent_is_quiet_and_private(parent, kernels):
 def test_each_kernel_has_its_own_of_everything(kernels):
     (one, first), (two, second) = (
         kernels.start(COMPENDIUM_RUN_DIR="one"),
-        kernels.start(COMPENDIUM_RUN_DIR="two", OMP_NUM_THREADS="2"),
+        kernels.start(COMPENDIUM_RUN_DIR="two", OMP_NUM_THREADS="2", TMPDIR=str(kernels.folder)),
     )
     assert {type(manager.provisioner).__name__ for manager in (one, two)} == {"WarmProvisioner"}
     assert (
@@ -178,6 +179,7 @@ def test_each_kernel_has_its_own_of_everything(kernels):
     assert value_of(first, "os.environ['COMPENDIUM_RUN_DIR']") == "one"
     assert value_of(second, "os.environ['COMPENDIUM_RUN_DIR']") == "two"
     assert value_of(first, f"os.environ.get({VARIABLE!r})") is None
+    assert value_of(second, "__import__('tempfile').gettempdir()") == str(kernels.folder)
     assert value_of(first, "[name for name in ('torch', 'statistics') if name in sys.modules]") == [
         "torch",
         "statistics",
@@ -211,7 +213,7 @@ def test_messages_travel_through_no_port(kernels):
 
 def test_an_interrupt_stops_a_cell_of_one_kernel(kernels):
     (one, first), (_, second) = kernels.start(), kernels.start()
-    sleeping = first.execute("import time; time.sleep(600)")
+    sleeping = first.execute("import time; time.sleep(600)", stop_on_error=False)
     time.sleep(0.5)
     one.interrupt_kernel()
     answer = first.get_shell_msg(timeout=60)
