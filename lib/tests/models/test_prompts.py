@@ -216,6 +216,8 @@ def test_one_position_of_a_layer(kind, implementation):
     model, inputs = tiny(kind), some_inputs()
     model.set_attn_implementation(implementation)
     positions = torch.tensor([5, 0, 7])
+    for parameter in model.parameters():  # fresh biases are zero, and attention nearly uniform
+        torch.nn.init.normal_(parameter, std=0.5)
     with torch.no_grad():
         snapshot = run_until(model, 2, inputs)
         layer = transformer_layers(model)[2]

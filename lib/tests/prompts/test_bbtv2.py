@@ -265,7 +265,7 @@ def test_development_set_chooses(select):
     scores = []
 
     def metric(labels, predictions):
-        scores.append(float(len(scores) == 2))  # the third look is the best
+        scores.append(float(len(scores) >= 2))  # the third look is the first of the best
         return scores[-1]
 
     options = SMALL | {"evaluate_every": 8}
