@@ -117,7 +117,7 @@ def test_without_lambda_offsets_do_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(num_steps=0), "num_steps=0"),
+        (dict(num_steps=0), "num_steps=0: give at least 1"),
         (dict(num_steps=4, lam=-1.0), "lam=-1.0"),
         (dict(num_steps=4, lam=0.3), "lam=0.3 needs counts"),
         (dict(num_steps=4, lam=0.3, counts=COUNTS, form="entropi"), "did you mean 'entropy'"),
@@ -677,8 +677,6 @@ def test_context_is_returned_untouched_and_no_mask_is_left(remask, lam, mode):
     )
     assert torch.equal(found[~slots], batch["input_ids"][~slots])
     assert not (found == 3).any()
-    with pytest.raises(ValueError, match="2 iterations cannot fill 3 masks; give 3 or more"):
-        bert_mouth_sample(model, given, 2)
     assert ((times > 0) == slots).all() and times.max() <= 4
     assert (given["input_ids"][slots] == 3).all()  # the caller's batch is left alone
 
