@@ -73,7 +73,7 @@ def test_battles_against_sets():
         f"20 models: battles in {1e3 * fast:.1f} ms, with sets {1e3 * plain:.1f} ms (x{plain / fast:.1f})"
     )
     assert fast < 1.0
-    assert plain / fast >= 1.5, f"only {plain / fast:.2f} times as fast as sets"
+    assert plain / fast >= 3.0, f"only {plain / fast:.2f} times as fast as sets"
 
 
 WORDS = [f"w{i}" for i in range(2000)]

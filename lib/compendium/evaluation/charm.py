@@ -241,13 +241,18 @@ def choose_options(
         some[int(part.argmax())] for some, part in zip(letters, np.split(scores, ends), strict=True)
     ]
 
-# %% ../../../nbs/09_evaluation/04_charm.ipynb #0578be63
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #e3076f85
 def shortened(scorer: "LanguageModelScorer", text: str, reserve: int = 4) -> str:
     """The longest end of `text` that leaves `reserve` tokens of what the scorer's model can read."""
     limit = None if scorer.max_length is None else scorer.max_length - reserve
-    while limit is not None and (excess := scorer.count_tokens(text) - limit) > 0:
-        share = excess / scorer.count_tokens(text)
-        text = text[max(1, int(share * len(text))) :]
+    if limit is None or scorer.count_tokens(text) <= limit:
+        return text
+    places = scorer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    text = text[places["offset_mapping"][-limit][0] :]
+    while (
+        scorer.count_tokens(text) > limit
+    ):  # the cut may have changed how the first word is divided
+        text = text[1:]
     return text
 
 # %% ../../../nbs/09_evaluation/04_charm.ipynb #78a67164
