@@ -313,7 +313,7 @@ class CriterionEmbedding(nn.Module):
         """`(batch,)` numbers -> `(batch, hidden_size)`."""
         return F.embedding(criterion_ids, self.matrix())
 
-# %% ../../../nbs/01_chinese/02_mccws.ipynb #d5ecb6ea
+# %% ../../../nbs/01_chinese/02_mccws.ipynb #9810192f
 class AnnotatedLayerNorm(nn.Module):
     """$a\\,(x-\\mu)/(\\sigma+\\epsilon)+b$ over the last axis, σ with n − 1 in the denominator."""
 
@@ -324,9 +324,8 @@ class AnnotatedLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., size)` -> `(..., size)`."""
-        centred = x - x.mean(-1, keepdim=True)
-        deviation = (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
-        return self.weight * centred / (deviation + self.eps) + self.bias
+        variance, mean = torch.var_mean(x, -1, keepdim=True)
+        return torch.addcmul(self.bias, self.weight, (x - mean) / (variance.sqrt() + self.eps))
 
 
 def layer_norm(config: MultiCriteriaSegmenterConfig) -> nn.Module:
@@ -419,8 +418,8 @@ class BiLstmEncoder(nn.Module):
             )
         return self.dropout(states[:, :-1])
 
-# %% ../../../nbs/01_chinese/02_mccws.ipynb #4c5261a8
-WELL_FORMED = tag_constraints(TAGS)
+# %% ../../../nbs/01_chinese/02_mccws.ipynb #d28754f1
+WELL_FORMED = tag_constraints(TAGS)._replace(start=torch.tensor([tag == "S" for tag in TAGS]))
 
 
 @dataclass

@@ -132,13 +132,13 @@ def load_sighan2005_test(files: Files, corpus: str = "pku") -> DatasetDict:
     parts = {"train": words_dataset(rows[:cut]), "test": words_dataset(rows[cut:])}
     return datasets.DatasetDict(parts)
 
-# %% ../../../nbs/00_foundations/data_loaders_cws.ipynb #6e3d3572
+# %% ../../../nbs/00_foundations/data_loaders_cws.ipynb #d6d4b784
 SEGMENTATION_CORPORA: dict[str, tuple[str, dict[str, str]]] = {
     "sxu": ("sxu_cws", {}),
     "zx": ("zhuxian_cws", {}),
     "udc": ("udc", {}),
     "wtb": ("wtb", {}),
-    **{name: ("sighan2005_test", {"corpus": name}) for name in SIGHAN_2005},
+    **{f"{name}_part": ("sighan2005_test", {"corpus": name}) for name in SIGHAN_2005},
 }
 
 

@@ -1,6 +1,7 @@
 """Word segmentation: tags and words there and back, and scores against an alignment of word sequences."""
 
 import difflib
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -28,7 +29,7 @@ def two_segmentations(draw):
             draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=8)) - {len(text)}
         )
         ends = [0, *cuts, len(text)]
-        sides.append([text[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)])
+        sides.append([text[a:b] for a, b in pairwise(ends)])
     return sides
 
 
