@@ -3,8 +3,9 @@
 # %% auto #0
 __all__ = ['SHORT_NAMES', 'LINKED_TASKS', 'PROMPTS', 'options_of', 'CharmPrompt', 'prompt_of', 'memory_prompt', 'grade_memory',
            'judge_prompt', 'ask_reasoning', 'ask_memory', 'option_prompt', 'choose_options', 'shortened', 'Links',
-           'answers_of', 'accuracy_on', 'ranks', 'frmm', 'Battles', 'battles', 'mib', 'simulate', 'expected_integrated',
-           'grade_reasoning', 'grade_fact', 'option_letters', 'option_index', 'write_lm_eval_tasks']
+           'link_items', 'shuffle_links', 'answers_of', 'accuracy_on', 'ranks', 'frmm', 'Battles', 'battles', 'mib',
+           'simulate', 'expected_integrated', 'grade_reasoning', 'grade_fact', 'option_letters', 'option_index',
+           'write_lm_eval_tasks']
 
 # %% ../../../nbs/09_evaluation/04_charm.ipynb #4f8aa419
 import ast
@@ -255,14 +256,14 @@ def shortened(scorer: "LanguageModelScorer", text: str, reserve: int = 4) -> str
         text = text[1:]
     return text
 
-# %% ../../../nbs/09_evaluation/04_charm.ipynb #78a67164
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #8d7eb613
 class Links:
     """Which facts a reasoning item needs.
 
     Args:
         reasoning_ids, memory_ids: the items and the fact questions.
         needed: `(num_items, num_facts)`, True where the item needs the fact.
-        tasks: the task of each item, for `shuffled`; default: one task.
+        tasks: the task of each item, for `shuffle_links`; default: one task.
     """
 
     def __init__(
@@ -279,42 +280,41 @@ class Links:
         if self.needed.shape != wanted or len(self.tasks) != wanted[0]:
             raise ValueError(f"links of shape {self.needed.shape} for {wanted} items and facts")
 
-    @classmethod
-    def from_items(
-        cls, reasoning: Iterable[Mapping[str, Any]], memory: Iterable[Mapping[str, Any]]
-    ) -> "Links":
-        """The links of rows with `id` and `mids` (`task` optional) and rows with `id` and `rids`.
-
-        Raises: `ValueError` for a link that only one side knows.
-        """
-        reasoning, memory = list(reasoning), list(memory)
-        forth = {(row["id"], mid) for row in reasoning for mid in row["mids"]}
-        back = {(rid, row["id"]) for row in memory for rid in row["rids"]}
-        if one_way := sorted(forth ^ back):
-            raise ValueError(
-                f"item {one_way[0][0]!r} and fact {one_way[0][1]!r} are linked on one side only; load both parts whole"
-            )
-        row_of = {row["id"]: place for place, row in enumerate(reasoning)}
-        column_of = {row["id"]: place for place, row in enumerate(memory)}
-        needed = np.zeros((len(row_of), len(column_of)), dtype=bool)
-        for item, fact in forth:
-            needed[row_of[item], column_of[fact]] = True
-        return cls(
-            list(row_of), list(column_of), needed, [row.get("task", "") for row in reasoning]
-        )
-
     def retained(self, remembered: np.ndarray) -> np.ndarray:
         """$R$, `(num_models, num_items)`: True where a model remembers all facts, from `(num_models, num_facts)`."""
         forgotten = 1.0 - np.asarray(remembered, dtype=np.float32)
         return forgotten @ self.needed.T.astype(np.float32) == 0
 
-    def shuffled(self, rng: np.random.Generator) -> "Links":
-        """The control: the same links, dealt to the wrong items of the same task."""
-        order = np.arange(len(self.tasks))
-        for task in np.unique(self.tasks):
-            places = np.flatnonzero(self.tasks == task)
-            order[places] = rng.permutation(places)
-        return Links(self.reasoning_ids, self.memory_ids, self.needed[order], self.tasks)
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #d5157a07
+def link_items(
+    reasoning: Iterable[Mapping[str, Any]], memory: Iterable[Mapping[str, Any]]
+) -> Links:
+    """The links of rows with `id` and `mids` (`task` optional) and rows with `id` and `rids`.
+
+    Raises: `ValueError` for a link that only one side knows.
+    """
+    reasoning, memory = list(reasoning), list(memory)
+    forth = {(row["id"], mid) for row in reasoning for mid in row["mids"]}
+    back = {(rid, row["id"]) for row in memory for rid in row["rids"]}
+    if one_way := sorted(forth ^ back):
+        raise ValueError(
+            f"item {one_way[0][0]!r} and fact {one_way[0][1]!r} are linked on one side only; load both parts whole"
+        )
+    row_of = {row["id"]: place for place, row in enumerate(reasoning)}
+    column_of = {row["id"]: place for place, row in enumerate(memory)}
+    needed = np.zeros((len(row_of), len(column_of)), dtype=bool)
+    for item, fact in forth:
+        needed[row_of[item], column_of[fact]] = True
+    return Links(list(row_of), list(column_of), needed, [row.get("task", "") for row in reasoning])
+
+
+def shuffle_links(links: Links, rng: np.random.Generator) -> Links:
+    """The control: the same links, dealt to the wrong items of the same task."""
+    order = np.arange(len(links.tasks))
+    for task in np.unique(links.tasks):
+        places = np.flatnonzero(links.tasks == task)
+        order[places] = rng.permutation(places)
+    return Links(links.reasoning_ids, links.memory_ids, links.needed[order], links.tasks)
 
 # %% ../../../nbs/09_evaluation/04_charm.ipynb #cfa16ab7
 def answers_of(table: "pd.DataFrame", ids: Sequence[str], kind: str) -> np.ndarray:

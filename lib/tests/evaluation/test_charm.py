@@ -29,11 +29,13 @@ from compendium.evaluation.charm import (
     frmm,
     grade_memory,
     judge_prompt,
+    link_items,
     memory_prompt,
     mib,
     option_prompt,
     options_of,
     shortened,
+    shuffle_links,
     simulate,
     write_lm_eval_tasks,
 )
@@ -253,7 +255,7 @@ def test_one_sided_links_and_wrong_shapes():
     with pytest.raises(
         ValueError, match="item 'q' and fact 'f' are linked on one side only; load both"
     ):
-        Links.from_items([{"id": "q", "mids": ["f"]}], [{"id": "f", "rids": []}])
+        link_items([{"id": "q", "mids": ["f"]}], [{"id": "f", "rids": []}])
     with pytest.raises(ValueError, match=r"links of shape \(2, 2\) for \(1, 2\) items and facts"):
         Links(["q"], ["f", "g"], np.eye(2))
 
@@ -261,7 +263,7 @@ def test_one_sided_links_and_wrong_shapes():
 def test_shuffled_links_stay_in_their_task():
     rng = np.random.default_rng(3)
     links = some_links(rng)
-    dealt = links.shuffled(np.random.default_rng(4))
+    dealt = shuffle_links(links, np.random.default_rng(4))
     assert (dealt.needed != links.needed).any()
     for task in "ab":
         mine = links.tasks == task
@@ -567,7 +569,7 @@ def test_the_real_links_and_targets():
     real_folder()
     rows = [r for r in load("charm", domain="Chinese")["test"] if r["task"] in LINKED_TASKS]
     facts = list(load("charm", part="memorization")["test"])
-    links = Links.from_items(rows, facts)
+    links = link_items(rows, facts)
     assert links.needed.shape == (500, 759)
     facts_of = {task: links.needed[links.tasks == task].sum(axis=1) for task in LINKED_TASKS}
     assert set(facts_of["Sport_Understanding"]) == {2}
