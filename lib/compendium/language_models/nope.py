@@ -42,7 +42,7 @@ from ..training.loop import TrainingConfig, TrainingResult, model_loss, train
 if TYPE_CHECKING:
     import pandas
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #86d40c3a
+# %% ../../../nbs/08_language_models/05_nope.ipynb #fe9fe32d
 class NoPEAttention(LlamaAttention):
     """Llama's self-attention without the rotation of queries and keys."""
 
@@ -55,9 +55,9 @@ class NoPEAttention(LlamaAttention):
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new hidden states (batch, length, hidden) and the attention weights, if there are any."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        heads = (p(hidden_states).unflatten(-1, (-1, self.head_dim)) for p in projections)
-        query, key, value = (x.transpose(1, 2) for x in heads)  # (batch, heads, length, head_dim)
+        query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in projections)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -101,7 +101,7 @@ class NoPEConfig(LlamaConfig):
         if self.position not in ("none", "rope"):
             raise ValueError(f"position {self.position!r} is unknown; choose 'none' or 'rope'")
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #afae59f4
+# %% ../../../nbs/08_language_models/05_nope.ipynb #e5fb7698
 class NoPEForCausalLM(LlamaForCausalLM):
     """A Llama whose only order signal is the causal mask (Section 2 of the paper), or its RoPE twin.
 
@@ -124,17 +124,17 @@ class NoPEForCausalLM(LlamaForCausalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "scale_param"):
+        if module is self and self.config.head_scale is not None:
             scales = scales_from(self.config.head_scale, self)
-            initialization.copy_(
-                module.scale_param, scales[module.layer_idx].to(module.scale_param)
-            )
+            for attention, row in zip(attention_modules(self), scales, strict=True):
+                if hasattr(attention, "scale_param"):
+                    initialization.copy_(attention.scale_param, row.to(attention.scale_param))
 
 
 AutoConfig.register("nope_llama", NoPEConfig, exist_ok=True)
 AutoModelForCausalLM.register(NoPEConfig, NoPEForCausalLM, exist_ok=True)
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #bdc303ef
+# %% ../../../nbs/08_language_models/05_nope.ipynb #d12856cb
 def scales_from(value: float | Sequence | Tensor, model: nn.Module) -> Tensor:
     """`value`, one number or layers × heads numbers, as a float32 tensor (layers, heads) for `model`.
 
@@ -142,7 +142,7 @@ def scales_from(value: float | Sequence | Tensor, model: nn.Module) -> Tensor:
     """
     modules = attention_modules(model)
     shape = (len(modules), modules[0].config.num_attention_heads)
-    scales = torch.as_tensor(value, dtype=torch.float32)
+    scales = torch.as_tensor(value, dtype=torch.float32, device="cpu").detach()
     if scales.ndim and tuple(scales.shape) != shape:
         raise ValueError(
             f"head scales of shape {tuple(scales.shape)} do not fit a model of {shape[0]} layers × "

@@ -146,7 +146,7 @@ def sliding_window_ppl(
     """Perplexity $\\exp(\\text{mean loss})$ under a sliding window; arguments of `sliding_window_nll`."""
     return float(sliding_window_nll(model, ids, window, stride, **options).double().mean().exp())
 
-# %% ../../../nbs/00_foundations/models_causal.ipynb #7d5d729d
+# %% ../../../nbs/00_foundations/models_causal.ipynb #8ab77cc6
 def continuation(
     model: PreTrainedModel, input_ids: Tensor, num_tokens: int, temperature: float = 0.0
 ) -> Tensor:
@@ -155,18 +155,18 @@ def continuation(
     Arguments: `input_ids` (batch, length), prompts of equal length without padding; `temperature`, 0 for the
     most probable token (greedy), else the temperature to sample with.
     """
-    from transformers import GenerationConfig
-
-    options = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}
-    settings = GenerationConfig(
-        max_new_tokens=num_tokens, min_new_tokens=num_tokens, pad_token_id=0, **options
-    )
-    mask = torch.ones_like(input_ids)
+    tokens, cache = [input_ids], None
     with evaluating(model):
-        found = model.generate(
-            input_ids, generation_config=settings, attention_mask=mask, use_cache=True
-        )
-    return found[:, input_ids.shape[1] :]
+        for _ in range(num_tokens):
+            answer = model(
+                input_ids=tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache, logits = answer.past_key_values, answer.logits[:, -1].float()
+            if temperature > 0:
+                tokens.append(torch.multinomial((logits / temperature).softmax(-1), 1))
+            else:
+                tokens.append(logits.argmax(-1, keepdim=True))
+    return torch.cat(tokens[1:], dim=1)
 
 # %% ../../../nbs/00_foundations/models_causal.ipynb #f41b9e97
 AttentionHook = Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor | None]

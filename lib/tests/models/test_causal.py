@@ -235,7 +235,9 @@ def test_hooks_are_not_saved(tmp_path):
 
 
 def test_models_without_the_interface_are_refused():
-    for model in (torch.nn.Linear(2, 2), BertModel(BertConfig(8, 8, 1, 1, 8))):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bert = BertConfig(vocab_size=8, intermediate_size=8, **sizes)
+    for model in (torch.nn.Linear(2, 2), BertModel(bert)):
         with pytest.raises(
             ValueError, match="no attention that uses transformers' attention inter"
         ):
