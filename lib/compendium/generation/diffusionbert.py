@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['Batch', 'FORMS', 'MODES', 'TIME_MODES', 'Spindle', 'AbsorbingSchedule', 'token_scores', 'spindle_offsets', 'frame',
            'corrupt', 'noise', 'DiffusionBertConfig', 'time_waves', 'LayerTime', 'TimedLayer', 'kl_terms',
-           'masked_diffusion_loss', 'BertDenoiser', 'DiffusionBertForMaskedDiffusion', 'DiffusionCollator',
-           'drawn_steps', 'check_stride', 'elbo', 'trimmed', 'masked_terms', 'perplexity', 'blank', 'draw',
-           'reverse_log_probs', 'diffusion_sample', 'reverse_step', 'bert_mouth_sample']
+           'masked_diffusion_loss', 'TimedBertModel', 'BertDenoiser', 'DiffusionBertForMaskedDiffusion',
+           'DiffusionCollator', 'drawn_steps', 'check_stride', 'elbo', 'trimmed', 'masked_terms', 'expected_price',
+           'perplexity', 'blank', 'draw', 'reverse_log_probs', 'diffusion_sample', 'reverse_step', 'bert_mouth_sample']
 
 # %% ../../../nbs/07_generation/01_diffusionbert.ipynb #310ba2cf
 import math
@@ -332,7 +332,23 @@ def masked_diffusion_loss(
     total = sum(checkpoint(summed, *piece, use_reentrant=False) for piece in pieces)
     return total / len(labels)
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #e0f02cc5
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #71456098
+class TimedBertModel(BertModel):
+    """BERT's encoder, with LTE in its layers if the configuration says so."""
+
+    def __init__(self, config: DiffusionBertConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        if config.time_mode == "layer":
+            layers = [TimedLayer(config, i) for i in range(config.num_hidden_layers)]
+            self.encoder.layer = nn.ModuleList(layers)
+            self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+
+
 class BertDenoiser(BertPreTrainedModel):
     """BERT with its output layer and one of the three ways to tell it the time."""
 
@@ -341,19 +357,11 @@ class BertDenoiser(BertPreTrainedModel):
 
     def __init__(self, config: DiffusionBertConfig) -> None:
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
+        self.bert = TimedBertModel(config)
         self.cls = BertOnlyMLMHead(config)
-        if config.time_mode == "layer":
-            layers = [TimedLayer(config, i) for i in range(config.num_hidden_layers)]
-            self.bert.encoder.layer = nn.ModuleList(layers)
-        elif config.time_mode == "prefix":
+        if config.time_mode == "prefix":
             self.time_tokens = nn.Embedding(config.num_steps + 1, config.hidden_size)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if getattr(module, "starts_at_zero", False):
-            init.zeros_(module.weight)
 
     def states(
         self, input_ids: Tensor, attention_mask: Tensor | None, timesteps: Tensor | None
@@ -451,13 +459,15 @@ class DiffusionCollator:
         options = dict(mode=self.mode, generator=self.generator)
         return noise(batch, self.schedule, t, mask_id, **options)
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #d6629d38
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #e00c531c
 def drawn_steps(
     num_sentences: int, num_calls: int, samples: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Which of the steps 1 … `num_calls` are evaluated, `(num_sentences, samples)`: one from each of `samples` equal parts; None for all."""
+    """Which of the steps 1 … `num_calls` are evaluated, `(num_sentences, samples)`: one from each of `samples` equal parts, or all several times; None for all."""
     if samples is None:
         return torch.arange(1, num_calls + 1).expand(num_sentences, -1)
+    if samples % num_calls == 0:
+        return torch.arange(1, num_calls + 1).repeat(num_sentences, samples // num_calls)
     if num_calls % samples:
         raise ValueError(f"samples={samples} does not divide the {num_calls} calls")
     width = num_calls // samples
@@ -471,7 +481,7 @@ def check_stride(schedule: AbsorbingSchedule, stride: int) -> int:
         raise ValueError(f"stride={stride} does not divide num_steps={schedule.num_steps}")
     return schedule.num_steps // stride
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #63bd4e35
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #29135a19
 @torch.no_grad()
 def elbo(
     model: Any,
@@ -482,6 +492,7 @@ def elbo(
     samples: int | None = None,
     batch_size: int = 256,
     generator: torch.Generator | None = None,
+    prices: Tensor | None = None,
 ) -> Tensor:
     """The negative evidence lower bound of each sentence, `(batch,)` in nats, with fresh noise at each step.
 
@@ -493,6 +504,7 @@ def elbo(
         samples: estimate the sum from so many steps a sentence, without bias; None: all of them.
         batch_size: noised sentences per forward pass.
         generator: of the noise, on the CPU.
+        prices: `(vocab_size,)` nats of each token, for less noise in the estimate (control variate).
     """
     num_calls, mask_id = check_stride(schedule, stride), model.config.mask_token_id
     steps = drawn_steps(len(batch["input_ids"]), num_calls, samples, generator)
@@ -502,27 +514,48 @@ def elbo(
     for piece in torch.arange(len(owner)).split(batch_size):
         part = trimmed({name: value[owner[piece]] for name, value in batch.items()})
         noisy = noise(part, schedule, times[piece], mask_id, stride, mode, generator)
-        row, terms = masked_terms(model, noisy, mask_id)
+        row, terms = masked_terms(model, noisy, mask_id, prices)
         total.index_add_(0, owner[piece][row], terms)
-    return total * num_calls / steps.shape[1]
+    total = total * num_calls / steps.shape[1]
+    return (
+        total if prices is None else total + expected_price(prices, batch, schedule, stride, mode)
+    )
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #f7b48663
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #7112c968
 def trimmed(batch: Mapping[str, Tensor]) -> Batch:
     """The batch without columns that are padding in every row."""
     longest = int(batch["attention_mask"].sum(1).max())
     return {name: value[:, :longest] for name, value in batch.items()}
 
 
-def masked_terms(model: Any, noisy: Batch, mask_id: int) -> tuple[Tensor, Tensor]:
-    """For each masked token its row and its divergence in nats (float64), on the CPU."""
+def masked_terms(
+    model: Any, noisy: Batch, mask_id: int, prices: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For each masked token its row and its divergence less its price, in nats (float64), on the CPU."""
     noisy = {name: value.to(model.device) for name, value in noisy.items()}
     masked = (noisy["labels"] != -100) & (noisy["input_ids"] == mask_id)
     row = masked.nonzero()[:, 0]
     inputs = {name: noisy[name] for name in ("input_ids", "attention_mask", "timesteps")}
     logits = model(**inputs, positions=masked).logits
     rates = noisy["rates"][row] if "rates" in noisy else None
-    kl, _ = kl_terms(logits, noisy["labels"][masked], noisy["weights"][masked], mask_id, rates)
+    targets, weights = noisy["labels"][masked], noisy["weights"][masked]
+    kl, _ = kl_terms(logits, targets, weights, mask_id, rates)
+    if prices is not None:
+        kl = kl - weights * prices.to(kl.device)[targets]
     return row.cpu(), kl.double().cpu()
+
+
+def expected_price(
+    prices: Tensor, batch: Mapping[str, Tensor], schedule: AbsorbingSchedule, stride: int, mode: str
+) -> Tensor:
+    """The expected sum of weights times prices of each sentence, `(batch,)`: $\\sum_ic(x_i)\\sum_t(1-\\bar\\alpha^i_t)\\,w^i_t$."""
+    clean, noised = batch["input_ids"], batch["noised"]
+    offsets = schedule.offsets(clean, noised, "corpus" if mode == "valid" else "sentence")
+    total = torch.zeros(clean.shape, dtype=torch.float64)
+    for t in range(stride, schedule.num_steps + 1, stride):
+        weight = schedule.posterior_weight(t, stride, offsets, mode == "released")
+        total += (1 - schedule.alpha_bar(t, offsets)) * weight
+    return (total * noised * prices.double()[clean]).sum(1)
 
 
 def perplexity(nats: Tensor, num_words: int) -> float:

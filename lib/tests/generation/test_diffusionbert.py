@@ -613,6 +613,27 @@ def test_many_steps_approach_the_continuous_weight():
         )
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("stride", "samples"), [(1, 4), (2, 8)])
+def test_prices_take_noise_away_and_nothing_else(mode, stride, samples):
+    schedule, model = AbsorbingSchedule(8, 0.8, LETTERS), Table(seed=1, sharp=0.3)
+    xs, repeats = sentences_of(3), 2000
+    batch = {
+        "input_ids": torch.stack(xs).repeat(repeats, 1),
+        "attention_mask": torch.ones(9 * repeats, 2, dtype=torch.long),
+        "noised": torch.ones(9 * repeats, 2, dtype=torch.bool),
+    }
+    found = []
+    for prices in (None, torch.full((4,), 1.1)):
+        generator = torch.Generator().manual_seed(0)
+        nats = elbo(model, batch, schedule, stride, mode, samples, 10**6, generator, prices)
+        found.append(nats.reshape(repeats, 9))
+    plain, priced = found
+    assert (priced.std(0) < 0.8 * plain.std(0)).all()
+    error = 4.5 * (plain - priced).std(0) / repeats**0.5
+    assert ((plain.mean(0) - priced.mean(0)).abs() <= error).all()
+
+
 def test_strides_and_samples_that_do_not_fit_are_refused():
     model, batch = Table(), {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
     with pytest.raises(ValueError, match="stride=3 does not divide num_steps=8"):
