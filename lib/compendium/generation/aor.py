@@ -684,9 +684,9 @@ class NoisyJudge:
         replaced = generator.random(len(scores)) < self.rate
         return np.where(replaced, random, scores).astype(float).tolist()
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #b47f7b1a
+# %% ../../../nbs/07_generation/03_aor.ipynb #31f15f36
 def arithmetic(expression: str) -> float | None:
-    """The value of an expression of numbers, + - * / and brackets; None if it is anything else."""
+    """The value of an expression of numbers, + - * / and brackets, up to 200 characters; None if it is anything else."""
     import ast
     import operator
 
@@ -703,8 +703,10 @@ def arithmetic(expression: str) -> float | None:
                 return operations[type(node.op)](value(node.operand))
         raise KeyError(type(node))
 
+    if len(expression) > 200:
+        return None
     try:
-        found = value(ast.parse(expression.strip()[:200], mode="eval").body)
+        found = value(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, KeyError, ZeroDivisionError, RecursionError, ValueError):
         return None
     return found if math.isfinite(found) else None

@@ -330,7 +330,7 @@ def test_tokens_are_counted(local):
 def test_a_chat_template_is_used():
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }}.{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     talk = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
-    (request,) = requests_of([talk])
+    (request,) = requests_of([talk], max_new_tokens=8)
     chat = LocalModel(tiny_model(), letters_tokenizer(template))
     plain = LocalModel(tiny_model(), letters_tokenizer(template), chat=False)
     ids = letters_tokenizer()("system:be.user:hi.assistant:")["input_ids"]
