@@ -20,7 +20,7 @@ from compendium.generation.diffusionbert import (
     noise,
 )
 
-BATCH, LENGTH, STEPS, MASK = 16, 64, 64, 103
+BATCH, LENGTH, STEPS, MASK = 8, 64, 64, 103
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -86,7 +86,7 @@ def all_logits(model, noisy):
 FORMS = {"collapsed": collapsed, "one_hot": one_hot, "all_logits": all_logits}
 
 
-def seconds(names, rounds: int = 4) -> dict[str, float]:
+def seconds(names, rounds: int = 3) -> dict[str, float]:
     """The fastest of some steps of each form, taken in turns."""
     settings = {name: setting() for name in names}
     fastest = dict.fromkeys(names, float("inf"))
