@@ -466,6 +466,15 @@ def invented_folder(root, per_task=3):
     return tasks
 
 
+def test_the_functions_that_travel_with_the_tasks():
+    doc = {"input": "哪个？\n(A) 一\n(B) 二\n(C) 三", "target": "(C)"}
+    assert charm.option_letters(doc) == ["A", "B", "C"]
+    assert charm.option_index(doc) == 2 and charm.option_index(doc | {"target": "(A)"}) == 0
+    assert charm.grade_reasoning(doc, ["(A)不对，答案是(C)"]) == {"acc": 0.0, "acc_last": 1.0}
+    assert charm.grade_reasoning(doc, ["So the answer is (C)."]) == {"acc": 1.0, "acc_last": 1.0}
+    assert charm.grade_fact({"target": "[not]三"}, ["二"]) == {"acc": 1.0}
+
+
 def test_the_harness_asks_and_grades_as_we_do(tmp_path, monkeypatch):
     if not find_spec("lm_eval"):
         pytest.skip("the lm-evaluation-harness is not installed")
