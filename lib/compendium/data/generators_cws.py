@@ -77,7 +77,18 @@ def unit_grammar(seed: int = 0) -> Grammar:
         "place_word": jieba_words("ns", 600, (2, 3)),
         "motion_verb": list("走跑飞爬跳搬送拿赶冲游退"),
         "measure": list("个只位名本件条张家座辆所"),
-        "direction": ["出来", "出去", "进来", "进去", "回来", "回去", "上来", "下去", "过来", "过去"],
+        "direction": [
+            "出来",
+            "出去",
+            "进来",
+            "进去",
+            "回来",
+            "回去",
+            "上来",
+            "下去",
+            "过来",
+            "过去",
+        ],
         "digit": list("二三四五六七八九"),
     }
     rng = np.random.default_rng(seed)

@@ -39,10 +39,17 @@ def loader(name: str) -> Callable[[Callable[..., DatasetDict]], Callable[..., Da
 
     return register
 
-# %% ../../../nbs/00_foundations/data_loaders.ipynb #73024c74
+# %% ../../../nbs/00_foundations/data_loaders.ipynb #9c676baf
 def all_loaders() -> dict[str, Callable[..., DatasetDict]]:
     """Every loader by the name of its data set, those of the modules `loaders_<family>` included."""
-    from compendium.data import loaders_elue, loaders_few_shot, loaders_trees  # noqa: F401
+    from compendium.data import (  # noqa: F401
+        loaders_cws,
+        loaders_elue,
+        loaders_few_shot,
+        loaders_generation,
+        loaders_text,
+        loaders_trees,
+    )
 
     return LOADERS
 
@@ -323,7 +330,7 @@ def load_sentence_classification(files: Files, task: str = "sst2") -> DatasetDic
         splits[split] = _as_dataset({"text": texts, "label": labels}, features)
     return datasets.DatasetDict(splits)
 
-# %% ../../../nbs/00_foundations/data_loaders.ipynb #9cc2f68d
+# %% ../../../nbs/00_foundations/data_loaders.ipynb #93f36568
 AG_NEWS_TOPICS = ["World", "Sports", "Business", "Sci/Tech"]
 
 

@@ -92,7 +92,9 @@ def kept(tmp_path, monkeypatch):
     readings = []
     texts = (corpora.Document("m.py", "A text."),)
     monkeypatch.setattr(corpora, "_read_documentation", lambda: readings.append(1) or texts)
-    monkeypatch.setattr(corpora, "_documentation_file", lambda: tmp_path / "corpora" / "python.json")
+    monkeypatch.setattr(
+        corpora, "_documentation_file", lambda: tmp_path / "corpora" / "python.json"
+    )
     return tmp_path / "corpora" / "python.json", texts, readings
 
 

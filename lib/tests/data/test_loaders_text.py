@@ -19,7 +19,9 @@ def the_archive():
 
 def test_words_and_genres_equal_those_of_nltk(monkeypatch):
     path = the_archive()
-    monkeypatch.setattr(nltk.data, "path", [*nltk.data.path, str(path.parent)])  # NLTK asks for leave
+    monkeypatch.setattr(
+        nltk.data, "path", [*nltk.data.path, str(path.parent)]
+    )  # NLTK asks for leave
     rows = load_brown({"brown.zip": path})["train"]
     reader = CategorizedTaggedCorpusReader(
         ZipFilePathPointer(str(path), "brown/"), r"c[a-z]\d\d", cat_file="cats.txt"
