@@ -13,8 +13,8 @@ from .generators import Grammar, Rules, faker_words, jieba_words
 from ..hints import unknown
 
 # %% auto #0
-__all__ = ['UNIT_KINDS', 'SEGMENTATION_RULES', 'zipf_weights', 'unit_grammar', 'different', 'Unit', 'sentence_units',
-           'unit_sentences', 'words_under']
+__all__ = ['UNIT_KINDS', 'SEGMENTATION_RULES', 'DIRECTIONS', 'zipf_weights', 'unit_grammar', 'different', 'Unit',
+           'sentence_units', 'unit_sentences', 'words_under']
 
 # %% ../../../nbs/00_foundations/data_generators_cws.ipynb #aa62ff32
 UNIT_KINDS = {
@@ -57,7 +57,10 @@ SEGMENTATION_RULES: Rules = {
     "end": [(4, "[W 。]"), "[W ！]"],
 }
 
-# %% ../../../nbs/00_foundations/data_generators_cws.ipynb #659cd67c
+# %% ../../../nbs/00_foundations/data_generators_cws.ipynb #6943cc0b
+DIRECTIONS = ("出来", "出去", "进来", "进去", "回来", "回去", "上来", "下去", "过来", "过去")
+
+
 def zipf_weights(words: Sequence[str], offset: float = 5.0) -> dict[str, float]:
     """Weight 1 / (rank + offset) for each word, in the order given."""
     return {word: 1.0 / (rank + offset) for rank, word in enumerate(words, 1)}
@@ -77,18 +80,7 @@ def unit_grammar(seed: int = 0) -> Grammar:
         "place_word": jieba_words("ns", 600, (2, 3)),
         "motion_verb": list("走跑飞爬跳搬送拿赶冲游退"),
         "measure": list("个只位名本件条张家座辆所"),
-        "direction": [
-            "出来",
-            "出去",
-            "进来",
-            "进去",
-            "回来",
-            "回去",
-            "上来",
-            "下去",
-            "过来",
-            "过去",
-        ],
+        "direction": list(DIRECTIONS),
         "digit": list("二三四五六七八九"),
     }
     rng = np.random.default_rng(seed)

@@ -124,7 +124,7 @@ def grade_memory(answer: str, target: str) -> bool:
         raise ValueError(f"target {target!r} is not a Python list of texts; mend it") from error
     return any(reference in answer for reference in references)
 
-# %% ../../../nbs/09_evaluation/04_charm.ipynb #df24fdc2
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #d7d5fe51
 _JUDGE = (
     "You are an impartial judge. Decide whether the assistant's answer to the question is correct, by the reference answer "
     "alone. {note}Explain briefly, then end with [correct] or [incorrect]."
@@ -210,7 +210,7 @@ def ask_memory(
     frame = pd.DataFrame(columns, index=[item["id"] for item in items])
     return frame.assign(correct=pd.Series(correct, index=frame.index, dtype=object))
 
-# %% ../../../nbs/09_evaluation/04_charm.ipynb #eb48e9b2
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #be1ed5a4
 def option_prompt(question: str, shots: str) -> str:
     """What stands before ` A`, ` B`, … when letters are compared by probability."""
     return f"{shots}\n{question}\nA:"
@@ -242,7 +242,7 @@ def choose_options(
         some[int(part.argmax())] for some, part in zip(letters, np.split(scores, ends), strict=True)
     ]
 
-# %% ../../../nbs/09_evaluation/04_charm.ipynb #e3076f85
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #63d2f436
 def shortened(scorer: "LanguageModelScorer", text: str, reserve: int = 4) -> str:
     """The longest end of `text` that leaves `reserve` tokens of what the scorer's model can read."""
     limit = None if scorer.max_length is None else scorer.max_length - reserve
@@ -342,7 +342,7 @@ def accuracy_on(correct: np.ndarray, kept: np.ndarray) -> np.ndarray:
     count = kept.sum(axis=1)
     return np.where(count > 0, 100 * (correct & kept).sum(axis=1) / np.maximum(count, 1), np.nan)
 
-# %% ../../../nbs/09_evaluation/04_charm.ipynb #dcdee978
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #5951f1a9
 def ranks(scores: "pd.Series") -> "pd.Series":
     """Ranks from 1 for the best; equal scores share the smallest rank; models without a score come last."""
     return scores.rank(ascending=False, method="min", na_option="bottom").astype(int)
@@ -409,7 +409,7 @@ def mib(reasoning: "pd.DataFrame", memory: "pd.DataFrame", links: Links) -> Batt
     score = frame.mean(axis=1).rename("mib")
     return Battles(frame, pd.DataFrame(shared, index=models, columns=models), score)
 
-# %% ../../../nbs/09_evaluation/04_charm.ipynb #949435eb
+# %% ../../../nbs/09_evaluation/04_charm.ipynb #d41d78e7
 def simulate(
     links: Links,
     memory_rate: np.ndarray,

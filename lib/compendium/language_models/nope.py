@@ -8,7 +8,7 @@ __all__ = ['PASSKEY_TASK', 'PASSKEY_FILLER', 'PASSKEY_INFO', 'PASSKEY_QUESTION',
            'passkey_prompts', 'passkey_accuracy', 'RecallTask', 'PairEmbedding', 'recall_model', 'recall_logits',
            'recall_loss']
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #d5b487ce
+# %% ../../../nbs/08_language_models/05_nope.ipynb #4ddf36df
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +25,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    initialization,
 )
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -42,7 +41,7 @@ from ..training.loop import TrainingConfig, TrainingResult, model_loss, train
 if TYPE_CHECKING:
     import pandas
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #fe9fe32d
+# %% ../../../nbs/08_language_models/05_nope.ipynb #f85b908b
 class NoPEAttention(LlamaAttention):
     """Llama's self-attention without the rotation of queries and keys."""
 
@@ -101,7 +100,7 @@ class NoPEConfig(LlamaConfig):
         if self.position not in ("none", "rope"):
             raise ValueError(f"position {self.position!r} is unknown; choose 'none' or 'rope'")
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #e5fb7698
+# %% ../../../nbs/08_language_models/05_nope.ipynb #f8cc26a8
 class NoPEForCausalLM(LlamaForCausalLM):
     """A Llama whose only order signal is the causal mask (Section 2 of the paper), or its RoPE twin.
 
@@ -122,13 +121,15 @@ class NoPEForCausalLM(LlamaForCausalLM):
         if config.head_scale is not None:
             apply_head_scale(self, config.head_scale)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self and self.config.head_scale is not None:
-            scales = scales_from(self.config.head_scale, self)
-            for attention, row in zip(attention_modules(self), scales, strict=True):
-                if hasattr(attention, "scale_param"):
-                    initialization.copy_(attention.scale_param, row.to(attention.scale_param))
+    @classmethod
+    def from_pretrained(
+        cls, *arguments: Any, output_loading_info: bool = False, **options: Any
+    ) -> Any:
+        """As `PreTrainedModel.from_pretrained`; factors that the checkpoint lacks start at `config.head_scale`."""
+        model, info = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        if any(name.endswith("scale_param") for name in info["missing_keys"]):
+            apply_head_scale(model, model.config.head_scale)
+        return (model, info) if output_loading_info else model
 
 
 AutoConfig.register("nope_llama", NoPEConfig, exist_ok=True)
@@ -437,7 +438,7 @@ def passkey_accuracy(
             right += int((continuation(model, inputs, answers.shape[1]) == answers).all(1).sum())
     return right / len(prompts)
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #d3511c2b
+# %% ../../../nbs/08_language_models/05_nope.ipynb #aae770b7
 @dataclass(frozen=True)
 class RecallTask:
     """Lists of key-value pairs with queries; a token is `key * (num_values + 1) + value`.
@@ -493,7 +494,7 @@ def recall_model(task: RecallTask, config: LlamaConfig) -> NoPEForCausalLM:
     model.set_input_embeddings(PairEmbedding(task, config.hidden_size))
     return model
 
-# %% ../../../nbs/08_language_models/05_nope.ipynb #6f1c6e58
+# %% ../../../nbs/08_language_models/05_nope.ipynb #6cd09b2b
 def recall_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The scores of the values at the queries, (lists, queries, values)."""
     hidden = model(
