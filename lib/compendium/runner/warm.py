@@ -46,7 +46,7 @@ def check_forkable(after: str = "") -> None:
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/nvidia"):
                 raise NotWarm(f"a GPU is open{cause}; its context does not survive a fork")
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #640e023b
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #9f3cd2df
 Import = tuple[str, tuple[str, ...]]  # a module and the names taken from it
 
 
@@ -79,8 +79,9 @@ def declared_imports(sources: Sequence[str]) -> list[Import]:
     for file in map(Path, library_hashes(sources)):
         package = ".".join(["compendium", *file.parts[:-1]])
         if not package.startswith(chapters):
-            tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
-            found |= dict.fromkeys(_imports(ast.walk(tree), package))
+            with contextlib.suppress(SyntaxError):
+                tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+                found |= dict.fromkeys(_imports(ast.walk(tree), package))
     if any(module.split(".")[0] == "torch" for module, _ in found):
         found["torch._dynamo", ()] = None  # seconds that the first optimizer would otherwise take
     return [(module, names) for module, names in found if not module.startswith(chapters)]
