@@ -297,7 +297,7 @@ def kl_terms(
     hidden = 1 - weights
     return weights * nll + torch.xlogy(hidden, hidden) - torch.xlogy(hidden, stay), nll
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #eb1ed19d
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #2e789a59
 def masked_diffusion_loss(
     head: nn.Module,
     states: Tensor,
@@ -332,7 +332,7 @@ def masked_diffusion_loss(
     total = sum(checkpoint(summed, *piece, use_reentrant=False) for piece in pieces)
     return total / len(labels)
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #71456098
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #57a6b3ca
 class TimedBertModel(BertModel):
     """BERT's encoder, with LTE in its layers if the configuration says so."""
 
@@ -348,7 +348,7 @@ class TimedBertModel(BertModel):
         if getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
 
-
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #0f9fe63c
 class BertDenoiser(BertPreTrainedModel):
     """BERT with its output layer and one of the three ways to tell it the time."""
 
@@ -481,7 +481,7 @@ def check_stride(schedule: AbsorbingSchedule, stride: int) -> int:
         raise ValueError(f"stride={stride} does not divide num_steps={schedule.num_steps}")
     return schedule.num_steps // stride
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #29135a19
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #01c468a5
 @torch.no_grad()
 def elbo(
     model: Any,
@@ -562,7 +562,7 @@ def perplexity(nats: Tensor, num_words: int) -> float:
     """The exponential of all nats together per word."""
     return math.exp(float(nats.sum()) / num_words)
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #47de7f5c
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #7f8aaf00
 def blank(lengths: Sequence[int], tokenizer: Any) -> Batch:
     """Framed sentences of [MASK]s with these numbers of tokens."""
     return frame([[tokenizer.mask_token_id] * int(length) for length in lengths], tokenizer)
@@ -636,7 +636,7 @@ def diffusion_sample(
         appeared = appeared * (x != mask_id)
     return (x, appeared) if return_times else x
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #cc5e5c6a
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #1e548172
 def reverse_step(
     model: Any, x: Tensor, attention_mask: Tensor, slots: Tensor, schedule: AbsorbingSchedule,
     t: int, stride: int, mask_id: int, options: dict, remask: bool = False, mode: str = "exact",
@@ -667,7 +667,7 @@ def reverse_step(
     filled[masked] = draw(reverse_log_probs(log_f, weights, mask_id, rates), **options)
     return filled
 
-# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #4fcdb1a2
+# %% ../../../nbs/07_generation/01_diffusionbert.ipynb #278bc2ab
 @torch.no_grad()
 def bert_mouth_sample(
     model: Any,
