@@ -393,7 +393,7 @@ def test_table_of_uniform_scales():
     )
     assert table.index.tolist() == [5, 20] and table.columns.tolist() == [0.5, 1.0, 2.0]
     folded = fold_head_scale(apply_head_scale(some_model(), 2.0))
-    assert table.loc[20, 2.0] == pytest.approx(float(folded(ids, labels=ids).loss), abs=1e-4)
+    assert table.loc[20, 2.0] == pytest.approx(folded(ids, labels=ids).loss.item(), abs=1e-4)
     assert table.loc[5, 1.0] == pytest.approx(
         float(model(ids[:, :5], labels=ids[:, :5]).loss), abs=1e-5
     )

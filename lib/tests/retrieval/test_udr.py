@@ -457,7 +457,7 @@ def test_bad_input_is_named():
         sample_list(np.zeros(4), 2, "best", np.random.default_rng(0))
     with pytest.raises(ValueError, match="template 'x'"):
         Task("t", "", [Example("a", "b")], template="x")
-    with pytest.raises(ValueError, match="no training example"):
+    with pytest.raises(ValueError, match="no example in `train`"):
         Task("t", "", [])
     with pytest.raises(ValueError, match="leave out tasks without examples"):
         TemperatureTaskSampler([3, 0], 2, 1)
