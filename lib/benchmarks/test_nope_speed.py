@@ -77,7 +77,7 @@ def test_folded_nope_against_scaled_rope(kind, work):
     folded, rope = fold_head_scale(apply_head_scale(some_model(), 1.6)), peer(kind)
     ratio = speed_ratio(lambda: work(folded, ids), lambda: work(rope, ids), 15)
     print(f"{work.__name__}, folded NoPE / Llama with {kind}: x{ratio:.2f} tokens per second")
-    assert ratio >= 0.9, f"only {ratio:.2f} times the speed of Llama with {kind}"
+    assert ratio >= 0.95, f"only {ratio:.2f} times the speed of Llama with {kind}"
 
 
 def test_factors_at_run_time_cost_little_and_folded_nothing():
