@@ -6,6 +6,7 @@ __all__ = ['COLOURS', 'STYLE', 'colours_of', 'house_style', 'save_figure']
 # %% ../../../nbs/00_foundations/experiment_figures.ipynb #3259f8e6
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def house_style() -> None:
     import matplotlib
     from matplotlib.font_manager import fontManager
 
+    getLogger("matplotlib.font_manager").setLevel(ERROR)  # the Chinese font has one weight
     chinese = STYLE["font.family"][-1]
     if chinese not in fontManager.get_font_names() and (package := find_spec("mplfonts")):
         fontManager.addfont(Path(package.origin).parent / "fonts" / "NotoSansCJKsc-Regular.otf")

@@ -72,6 +72,7 @@ class Tracker:
             save_code=False,
             x_disable_meta=True,
             x_disable_stats=True,
+            x_save_requirements=False,  # the record has them; reading them takes ten times the rest
         )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
