@@ -24,6 +24,7 @@ from compendium.training.loop import (
     TrainingError,
     build_schedule,
     count_labels,
+    precision_context,
     split_batch,
     step_loader,
     train,
@@ -318,6 +319,22 @@ def test_mixed_precision_runs_matrix_products_in_bfloat16():
     for precision in ("auto", "bf16", "no"):
         train(network(), Pairs(), config(num_steps=1, mixed_precision=precision), loss=loss)
     assert seen == [torch.float32, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_bfloat16_attention_on_a_cpu_is_plain_where_its_gradient_is_wanted(grad):
+    """The fused kernel of the CPU is slow on its way back; without gradients it is the faster one."""
+    heads = torch.randn(1, 2, 4, 8, requires_grad=True)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with (
+        torch.set_grad_enabled(grad),
+        precision_context("bf16", torch.device("cpu"))(),
+        torch.profiler.profile() as profile,
+    ):
+        states = attention(heads, heads, heads)
+    assert states.dtype == torch.bfloat16
+    fused = any("flash" in event.key for event in profile.key_averages())
+    assert fused is not grad
 
 
 # --- evaluation -----------------------------------------------------------------------------------
