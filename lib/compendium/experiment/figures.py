@@ -59,4 +59,5 @@ def save_figure(figure: Any, path: Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
+    figure.set_layout_engine("none")  # found once, the layout stays
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
