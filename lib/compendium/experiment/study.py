@@ -3,18 +3,17 @@
 # %% auto #0
 __all__ = ['TrainArm', 'SMOKE_REASON', 'published_numbers', 'run_folder', 'Experiment', 'verdict_table']
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #8479f3d7
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #c1e91637
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..catalogue import CatalogueError, catalogue, root
+from ..catalogue import CatalogueError, catalogue, published_rows, root
 from .claims import Claim, Outcome, decide
 from .config import check_preset
 from .figures import save_figure
@@ -33,15 +32,10 @@ from .tracking import Tracker
 
 TrainArm = Callable[[str, int, Callable[..., None]], Outcome | Mapping[str, float]]
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #4d4323fb
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #60181eb3
 def published_numbers(chapter: str) -> list[Published]:
     """The numbers that the paper of `chapter` printed, from `data/published.yaml`."""
-    import yaml
-
-    table = yaml.safe_load(
-        (resources.files("compendium") / "files" / "published.yaml").read_text(encoding="utf-8")
-    )
-    return [Published.model_validate(row) for row in table.get(chapter) or []]
+    return [Published.model_validate(row) for row in published_rows(chapter)]
 
 # %% ../../../nbs/00_foundations/experiment_study.ipynb #3274f910
 def run_folder(chapter: str, preset: str) -> Path:

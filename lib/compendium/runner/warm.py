@@ -46,42 +46,23 @@ def check_forkable(after: str = "") -> None:
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/nvidia"):
                 raise NotWarm(f"a GPU is open{cause}; its context does not survive a fork")
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #9f3cd2df
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #2395f7c0
 Import = tuple[str, tuple[str, ...]]  # a module and the names taken from it
-
-
-def _imports(nodes: Iterable[Any], package: str) -> Iterator[Import]:
-    import ast
-
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, ()) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: 1 - node.level or None] if node.level else []
-            module = ".".join([*above, *filter(None, [node.module])])
-            yield module, tuple(alias.name for alias in node.names if alias.name != "*")
 
 
 def declared_imports(sources: Sequence[str]) -> list[Import]:
     """What the code cells `sources` of chapters import, directly or through foundations, without doubles."""
-    import ast
-    import re
-
     from compendium.catalogue import PARTS
-    from compendium.runner.plan import PACKAGE, library_hashes
+    from compendium.runner.plan import PACKAGE, imports_of, library_hashes
 
     chapters = tuple(f"compendium.{part}" for part in PARTS)
     found: dict[Import, None] = {}
     for source in sources:
-        with contextlib.suppress(SyntaxError):  # the notebook will say so itself
-            tree = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M))
-            found |= dict.fromkeys(_imports(tree.body, "compendium"))
+        found |= dict.fromkeys(imports_of(source, inside=False))
     for file in map(Path, library_hashes(sources)):
         package = ".".join(["compendium", *file.parts[:-1]])
         if not package.startswith(chapters):
-            with contextlib.suppress(SyntaxError):
-                tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
-                found |= dict.fromkeys(_imports(ast.walk(tree), package))
+            found |= dict.fromkeys(imports_of((PACKAGE / file).read_text("utf-8"), package))
     if any(module.split(".")[0] == "torch" for module, _ in found):
         found["torch._dynamo", ()] = None  # seconds that the first optimizer would otherwise take
     return [(module, names) for module, names in found if not module.startswith(chapters)]
