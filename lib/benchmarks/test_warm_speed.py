@@ -78,7 +78,7 @@ def plan_of(checkout, number: int) -> Path:
 def test_the_fixed_cost_of_a_notebook(heavy_checkout, tmp_path, capsys):
     environment = kernel_environment(Job("flat", "smoke"), tmp_path) | dict.fromkeys(THREADS, "1")
     environment["COMPENDIUM_ROOT"] = str(heavy_checkout.folder)
-    imports = declared_imports([IMPORTS, RECORD])
+    imports = declared_imports([[IMPORTS, RECORD]])
     parent = WarmParent(imports, environment | {"WANDB_MODE": "disabled"}, tmp_path / "warm.log")
     try:
         job_seconds(heavy_checkout, 0, str(parent.folder))  # waits until all is imported

@@ -125,7 +125,7 @@ def warm_parent(tmp_path_factory) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("warm")
     environment = kernel_environment(Job("flat", "smoke"), folder) | dict.fromkeys(THREADS, "1")
     try:
-        parent = WarmParent(declared_imports([TOY, FINISH]), environment, folder / "warm.log")
+        parent = WarmParent(declared_imports([[TOY, FINISH]]), environment, folder / "warm.log")
     except NotWarm:
         yield {}
         return

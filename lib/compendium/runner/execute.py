@@ -205,7 +205,7 @@ def engine() -> str:
     papermill_engines.register("compendium", SeldomSaving)
     return "compendium"
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #f4ee799d
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #7bc8a88f
 def run_notebook(job: Job, folder: Path) -> Failure | None:
     """Execute the notebook of `job` with papermill; figures, record and notebook go to `folder`."""
     import logging
@@ -244,6 +244,7 @@ def run_notebook(job: Job, folder: Path) -> Failure | None:
                 kernel_name="python3",
                 config=settings(sockets, warm=job.device == "cpu"),
                 cwd=source.parent,
+                shutdown_kernel="immediate",  # the record is written; a polite end takes a second or two
                 progress_bar=False,
                 autosave_cell_every=0,
                 on_cell_start=note_progress,

@@ -6,7 +6,7 @@ __all__ = ['VARIABLE', 'Import', 'RUNNER', 'FREE_PREFIXES', 'FREE', 'THREADS', '
            'signal_group', 'become', 'begin_anew', 'serve', 'WarmParent', 'warm_kernels', 'Warmth', 'warm_folder',
            'place_for_sockets', 'Forked', 'kill_kernels', 'main']
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #33628fd5
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #de72609b
 import contextlib
 import functools
 import importlib
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,26 +47,36 @@ def check_forkable(after: str = "") -> None:
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/nvidia"):
                 raise NotWarm(f"a GPU is open{cause}; its context does not survive a fork")
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #2395f7c0
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #bc4f0979
 Import = tuple[str, tuple[str, ...]]  # a module and the names taken from it
 
 
-def declared_imports(sources: Sequence[str]) -> list[Import]:
-    """What the code cells `sources` of chapters import, directly or through foundations, without doubles."""
+def _imports_of_chapter(cells: Sequence[str]) -> dict[Import, None]:
     from compendium.catalogue import PARTS
     from compendium.runner.plan import PACKAGE, imports_of, library_hashes
 
     chapters = tuple(f"compendium.{part}" for part in PARTS)
     found: dict[Import, None] = {}
-    for source in sources:
-        found |= dict.fromkeys(imports_of(source, inside=False))
-    for file in map(Path, library_hashes(sources)):
+    for cell in cells:
+        found |= dict.fromkeys(imports_of(cell, inside=False))
+    for file in map(Path, library_hashes(cells)):
         package = ".".join(["compendium", *file.parts[:-1]])
         if not package.startswith(chapters):
             found |= dict.fromkeys(imports_of((PACKAGE / file).read_text("utf-8"), package))
+    return {one: None for one in found if not one[0].startswith(chapters)}
+
+
+def declared_imports(chapters: Iterable[Sequence[str]], share: float = 0.25) -> list[Import]:
+    """What at least a `share` of the `chapters` import, directly or through foundations, without doubles.
+
+    Each chapter is a list of code cells. What few need would let all others wait.
+    """
+    needed = [_imports_of_chapter(cells) for cells in chapters]
+    counts = Counter(one for imports in needed for one in imports)
+    found = {one: None for one, count in counts.items() if count >= share * len(needed)}
     if any(module.split(".")[0] == "torch" for module, _ in found):
         found["torch._dynamo", ()] = None  # seconds that the first optimizer would otherwise take
-    return [(module, names) for module, names in found if not module.startswith(chapters)]
+    return list(found)
 
 # %% ../../../nbs/00_foundations/runner_warm.ipynb #723f0130
 RUNNER: tuple[Import, ...] = tuple(
@@ -455,7 +466,7 @@ def warm_kernels(jobs: Sequence[Any], say: Callable[[str], None]) -> Iterator["W
     finally:
         warmth.close()
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #006baeb1
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #1cea7125
 class Warmth:
     """What a batch knows of its warm parent; see `warm_kernels`."""
 
@@ -469,14 +480,12 @@ class Warmth:
         from compendium.experiment.record import code_cells
         from compendium.runner.execute import kernel_environment
 
-        sources = [
-            cell for job in jobs for cell in code_cells(root() / catalogue()[job.chapter].notebook)
-        ]
+        chapters = [code_cells(root() / catalogue()[job.chapter].notebook) for job in jobs]
         log = root() / ".compendium" / "warm.log"
         environment = kernel_environment(jobs[0], log.parent) | dict.fromkeys(THREADS, "1")
         imports = [
             (module, names)
-            for module, names in declared_imports(sources)
+            for module, names in declared_imports(chapters)
             if module != "wandb" or os.environ.get("WANDB_MODE") != "disabled"
         ]
         try:

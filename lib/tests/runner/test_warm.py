@@ -111,7 +111,7 @@ def test_the_imports_are_those_that_chapters_declare():
         "from compendium.chinese.flat import Flat",
         "broken(",
     ]
-    found = declared_imports(cells)
+    found = declared_imports([cells])
     assert ("numpy", ()) in found
     assert ("transformers", ("AutoModel", "AutoConfig")) in found
     assert ("compendium.experiment.study", ("Experiment",)) in found
@@ -122,6 +122,13 @@ def test_the_imports_are_those_that_chapters_declare():
     assert not modules & {"faiss", "compendium.chinese.flat"}
     assert not any(module.startswith("compendium.chinese") for module in modules)
     assert len(found) == len(set(found))
+
+
+def test_what_few_chapters_import_does_not_let_the_others_wait():
+    cells = [["import numpy", "import networkx"], *[["import numpy"]] * 3, ["import numpy"]]
+    modules = [module for module, _ in declared_imports(cells)]
+    assert modules == ["numpy"]
+    assert "networkx" in {module for module, _ in declared_imports(cells[:4])}
 
 
 def test_the_environment_may_differ_only_where_it_is_read_late():
