@@ -4,10 +4,11 @@
 __all__ = ['ANSWER_MARK', 'STEP_BY_STEP', 'Ask', 'Program', 'CALCULATION', 'NUMBER', 'answer_part', 'extract_number',
            'extract_option', 'extract_yesno', 'same_answer', 'bucket_of', 'tally', 'self_consistency', 'best_of_n',
            'complexity_vote', 'adaptive_consistency', 'Sample', 'Judgement', 'ChainGenerator', 'Judge', 'CallableJudge',
-           'ChatGenerator', 'rubric', 'labels_of', 'judge_messages', 'parse_scores', 'ChatJudge', 'json_prompt',
-           'Chain', 'AoRResult', 'run_together', 'QuestionState', 'num_words', 'draw_chains', 'score_chains',
+           'ChatGenerator', 'rubric', 'labels_of', 'judge_messages', 'parse_scores', 'json_prompt', 'ChatJudge',
+           'Chain', 'AoRResult', 'num_words', 'run_together', 'QuestionState', 'draw_chains', 'score_chains',
            'local_request', 'compare_answers', 'global_request', 'reason', 'result_of', 'AoR', 'answer_requests',
-           'pairwise_accuracy', 'NoisyJudge', 'arithmetic', 'calculation_features', 'chain_features']
+           'pairwise_accuracy', 'break_even_share', 'RandomJudge', 'MixedJudge', 'arithmetic', 'calculation_features',
+           'chain_features']
 
 # %% ../../../nbs/07_generation/03_aor.ipynb #df73d380
 import ast
@@ -293,7 +294,13 @@ def _json_scores(text: str) -> dict[str, float]:
         found |= {k: float(v) for k, v in pairs if type(v) in (int, float)}
     return found
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #dd493cfd
+# %% ../../../nbs/07_generation/03_aor.ipynb #155da8b7
+def json_prompt(verdict: str, labels: Sequence[str]) -> str:
+    """The request to turn a verdict into JSON."""
+    shape = json.dumps(dict.fromkeys(labels, 0))
+    return f"Here is an assessment:\n\n{verdict}\n\nWrite its total scores as JSON of this form and nothing else: {shape}"
+
+# %% ../../../nbs/07_generation/03_aor.ipynb #4a3d6cd0
 @dataclass
 class ChatJudge:
     """A client of `compendium.models.client` as a judge.
@@ -339,13 +346,7 @@ class ChatJudge:
             verdicts = [texts[0] for texts in self.client.generate(prompts, **settings)]
         return verdicts
 
-
-def json_prompt(verdict: str, labels: Sequence[str]) -> str:
-    """The request to turn a verdict into JSON."""
-    shape = json.dumps(dict.fromkeys(labels, 0))
-    return f"Here is an assessment:\n\n{verdict}\n\nWrite its total scores as JSON of this form and nothing else: {shape}"
-
-# %% ../../../nbs/07_generation/03_aor.ipynb #6da6ae3d
+# %% ../../../nbs/07_generation/03_aor.ipynb #1038c843
 @dataclass
 class Chain:
     """A chain of reasoning: its number, text, answer and local score."""
@@ -375,6 +376,12 @@ class AoRResult:
     words: int
     judged_words: int
     trace: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+
+@lru_cache(maxsize=100_000)
+def num_words(text: str) -> int:
+    """White-space words."""
+    return len(text.split())
 
 # %% ../../../nbs/07_generation/03_aor.ipynb #3cd48d16
 Ask = Sample | Judgement
@@ -409,7 +416,7 @@ def run_together(
             advance(place, [next(replies) for _ in mine])
     return results
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #38ac1220
+# %% ../../../nbs/07_generation/03_aor.ipynb #afde5e21
 @dataclass
 class QuestionState:
     """The chains of one question so far: buckets, representatives, global scores, costs."""
@@ -449,12 +456,6 @@ class QuestionState:
 
 def _best_first(chain: Chain) -> tuple[float, int]:
     return -(chain.score or 0.0), chain.number
-
-
-@lru_cache(maxsize=100_000)
-def num_words(text: str) -> int:
-    """White-space words."""
-    return len(text.split())
 
 # %% ../../../nbs/07_generation/03_aor.ipynb #0a531fa3
 def draw_chains(aor: "AoR", state: QuestionState, n: int) -> Program:
@@ -626,7 +627,7 @@ def answer_requests(aor: AoR, asks: list[Ask]) -> list[Any]:
             found[place] = values
     return found
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #17ef6a09
+# %% ../../../nbs/07_generation/03_aor.ipynb #8b5ebf47
 def pairwise_accuracy(scores: Sequence[Sequence[float]], right: Sequence[Sequence[bool]]) -> float:
     """The share of pairs (right chain, wrong chain) of a question that `scores` order correctly, in [0, 1].
 
@@ -640,31 +641,53 @@ def pairwise_accuracy(scores: Sequence[Sequence[float]], right: Sequence[Sequenc
             shares.append(float((difference > 0).mean() + 0.5 * (difference == 0).mean()))
     return float(np.mean(shares)) if shares else math.nan
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #a10a4ba3
-class NoisyJudge:
-    """A `judge` of whose scores a part `rate` is replaced by random whole numbers from 0 to 10.
 
-    The same request with the same `seed` gets the same scores. Raises: `ValueError` for a rate outside [0, 1].
+def break_even_share(kept: float, repaired: float) -> float:
+    """The share of outvoted questions from which on judging beats the vote.
+
+    Arguments: the shares of AoR's right answers where the vote is right and where it is outvoted, in [0, 1].
+    Returns 1 when nothing is repaired and something lost, NaN when nothing changes.
+    """
+    lost = 1 - kept
+    return lost / (lost + repaired) if lost + repaired else math.nan
+
+# %% ../../../nbs/07_generation/03_aor.ipynb #a06c55e1
+def _dice(*facts: Any) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(facts).encode()))
+
+
+class RandomJudge:
+    """Whole numbers from 0 to 10; the same request with the same `seed` gets the same ones."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, requests: Sequence[Judgement]) -> list[list[float]]:
+        """Dice."""
+        throws = [_dice("score", self.seed, r).integers(0, 11, len(r.chains)) for r in requests]
+        return [throw.astype(float).tolist() for throw in throws]
+
+
+class MixedJudge:
+    """A `judge` of whose scores a part `rate` is replaced by those of `other`.
+
+    Raises: `ValueError` for a rate outside [0, 1].
     """
 
-    def __init__(self, judge: Judge, rate: float, seed: int = 0) -> None:
+    def __init__(self, judge: Judge, other: Judge, rate: float, seed: int = 0) -> None:
         if not 0 <= rate <= 1:
             raise ValueError(f"rate={rate} is no part; give a number from 0 to 1")
-        self.judge, self.rate, self.seed = judge, rate, seed
+        self.judge, self.other, self.rate, self.seed = judge, other, rate, seed
 
     def score(self, requests: Sequence[Judgement]) -> list[list[float] | None]:
-        """The judge's scores, some of them replaced."""
-        return [
-            None if scores is None else self._noisy(request, scores)
-            for request, scores in zip(requests, self.judge.score(requests), strict=True)
-        ]
-
-    def _noisy(self, request: Judgement, scores: Sequence[float]) -> list[float]:
-        entropy = zlib.crc32(repr((request.level, request.question, request.chains)).encode())
-        generator = np.random.default_rng([self.seed, entropy])
-        random = generator.integers(0, 11, len(scores))
-        replaced = generator.random(len(scores)) < self.rate
-        return np.where(replaced, random, scores).astype(float).tolist()
+        """The judge's scores, some of them replaced; None where one of the two has no verdict."""
+        found: list[list[float] | None] = []
+        verdicts = self.judge.score(requests), self.other.score(requests)
+        for request, mine, others in zip(requests, *verdicts, strict=True):
+            swap = _dice("mix", self.seed, request).random(len(request.chains)) < self.rate
+            missing = mine is None or others is None
+            found.append(None if missing else np.where(swap, others, mine).tolist())
+        return found
 
 # %% ../../../nbs/07_generation/03_aor.ipynb #c25d7ec3
 def arithmetic(expression: str) -> float | None:

@@ -22,12 +22,14 @@ from compendium.generation.aor import (
     ChatGenerator,
     ChatJudge,
     Judgement,
-    NoisyJudge,
+    MixedJudge,
+    RandomJudge,
     Sample,
     adaptive_consistency,
     answer_part,
     arithmetic,
     best_of_n,
+    break_even_share,
     bucket_of,
     chain_features,
     complexity_vote,
@@ -621,18 +623,32 @@ def test_pairwise_accuracy_is_the_auc(pairs):
         assert math.isnan(found)
 
 
-def test_noise_replaces_its_part():
+def test_another_judge_replaces_its_part():
     judge = CallableJudge(lambda q, c, r: [20] * len(c))
     asks = [Judgement("local", f"q{i}", ("a",) * 50) for i in range(40)]
-    scores = np.array(NoisyJudge(judge, 0.3, seed=1).score(asks))
+    scores = np.array(MixedJudge(judge, RandomJudge(1), 0.3, seed=1).score(asks))
     assert abs((scores != 20).mean() - 0.3) < 0.03
     assert set(scores[scores != 20]) == set(range(11))
-    assert NoisyJudge(judge, 0.0).score(asks) == judge.score(asks)
-    assert (np.array(NoisyJudge(judge, 1.0).score(asks)) <= 10).all()
-    again = NoisyJudge(judge, 0.3, seed=1).score(asks[::-1])[::-1]
-    assert again == scores.tolist() != NoisyJudge(judge, 0.3, seed=2).score(asks)
+    assert MixedJudge(judge, RandomJudge(), 0.0).score(asks) == judge.score(asks)
+    assert MixedJudge(judge, RandomJudge(3), 1.0).score(asks) == RandomJudge(3).score(asks)
+    again = MixedJudge(judge, RandomJudge(1), 0.3, seed=1).score(asks[::-1])[::-1]
+    other = MixedJudge(judge, RandomJudge(1), 0.3, seed=2).score(asks)
+    assert again == scores.tolist() != other
+    silent = CallableJudge(lambda q, c, r: None)
+    assert MixedJudge(judge, silent, 0.5).score(asks[:1]) == [None]
     with pytest.raises(ValueError, match=r"rate=1.5"):
-        NoisyJudge(judge, 1.5)
+        MixedJudge(judge, judge, 1.5)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_judging_pays_beyond_the_break_even_share(kept, repaired, outvoted):
+    share = break_even_share(kept, repaired)
+    if math.isnan(share):
+        assert kept == 1 and repaired == 0
+        return
+    ours, vote = (1 - outvoted) * kept + outvoted * repaired, 1 - outvoted
+    if abs(outvoted - share) > 1e-6 and abs(ours - vote) > 1e-9:
+        assert (ours > vote) == (outvoted > share)
 
 
 # --- features of real chains --------------------------------------------------------------------
