@@ -10,7 +10,7 @@ __all__ = ['ANSWER_MARK', 'STEP_BY_STEP', 'Ask', 'Program', 'CALCULATION', 'NUMB
            'pairwise_accuracy', 'break_even_share', 'RandomJudge', 'MixedJudge', 'arithmetic', 'calculation_features',
            'chain_features']
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #df73d380
+# %% ../../../nbs/07_generation/03_aor.ipynb #614e759f
 import ast
 import json
 import math
@@ -18,7 +18,6 @@ import operator
 import re
 import unicodedata
 import zlib
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
@@ -106,7 +105,7 @@ def best_of_n(answers: Sequence[str | None], scores: Sequence[float]) -> str | N
     pairs = [(s, a) for a, s in zip(answers, scores, strict=True) if a is not None]
     return max(pairs, key=lambda pair: pair[0])[1] if pairs else None
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #7dcf8d28
+# %% ../../../nbs/07_generation/03_aor.ipynb #a4f1578b
 def complexity_vote(
     answers: Sequence[str | None], steps: Sequence[int], part: float = 0.5
 ) -> str | None:
@@ -122,6 +121,7 @@ def adaptive_consistency(
     """The vote of as few chains as make the lead safe, and their number. Source: Aggarwal et al. 2023."""
     from scipy.special import betainc
 
+    used = 0
     for used in range(1, len(answers) + 1):
         votes = [*sorted(tally(answers[:used]).values(), reverse=True), 0.0, 0.0]
         if votes[0] and 1 - betainc(votes[0] + 1, votes[1] + 1, 0.5) > threshold:

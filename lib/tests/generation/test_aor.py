@@ -143,6 +143,7 @@ def test_adaptive_consistency_against_simulation():
     assert adaptive_consistency(["a", "a", "a", "a", "b"]) == ("a", 4)
     assert adaptive_consistency(["a", "b"] * 5)[1] == 10
     assert adaptive_consistency([None, None]) == (None, 2)
+    assert adaptive_consistency([]) == (None, 0)
 
 
 # --- verdicts ---------------------------------------------------------------------------------
