@@ -540,7 +540,7 @@ def global_request(
 def _mean(scores: Sequence[float]) -> float:
     return math.fsum(scores) / len(scores)
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #f8432d70
+# %% ../../../nbs/07_generation/03_aor.ipynb #0339955d
 def reason(aor: "AoR", question: str) -> Program:
     """The program of one question; returns its `AoRResult`."""
     state = QuestionState(question)
@@ -556,9 +556,8 @@ def reason(aor: "AoR", question: str) -> Program:
         yield from score_chains(aor, state, new)
         yield from compare_answers(aor, state)
     if state.scores:
-        return result_of(
-            state, max(state.scores, key=state.scores.__getitem__), state.margin, False
-        )
+        best = max(state.scores, key=state.scores.__getitem__)
+        return result_of(state, best, state.margin, False)
     votes = [chain.answer for chain in state.chains] if aor.fallback else []
     return result_of(state, self_consistency(votes), state.margin, aor.fallback is not None)
 
