@@ -302,12 +302,19 @@ def begin_anew(threads: int) -> None:
             threadpoolctl.threadpool_limits(threads)
             torch.set_num_threads(threads)
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #f1c368e0
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #2126675a
 def _job(arguments: list[str]) -> None:
     from compendium.runner.execute import main
 
-    sys.argv = ["compendium.runner.execute", *arguments]
-    main()
+    sys.argv, status = ["compendium.runner.execute", *arguments], 0
+    try:
+        main()
+    except SystemExit as failure:
+        status = 1
+        print(failure, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all that the parent imported would take half a second to tidy up
 
 
 def _kernel(arguments: list[str]) -> None:
