@@ -1,4 +1,4 @@
-"""Warm kernels against ordinary ones, `nbdev_test` and `jupyter execute`, on the same notebooks in the same run."""
+"""Warm kernels against ordinary ones, `jupyter execute` and `nbdev_test`, on the same notebooks in the same run."""
 
 import os
 import shutil
@@ -97,6 +97,11 @@ def test_the_fixed_cost_of_a_notebook(heavy_checkout, tmp_path, capsys):
 
 
 def test_against_nbdev_and_jupyter(heavy_checkout, capsys):
+    """A process for each notebook, as we have it, against the same in a loop, and against none.
+
+    `nbdev_test` stays ahead: its two workers import once and then run one notebook after the other in the
+    same process, where a notebook may see what another has left behind. What isolation costs is bounded here.
+    """
     folder = heavy_checkout.folder
     paths = [folder / catalogue()[name].notebook for name in CHAPTERS]
     environment = heavy_checkout.environment(
@@ -115,7 +120,7 @@ def test_against_nbdev_and_jupyter(heavy_checkout, capsys):
             f"({nbdev / ours:.2f}x), jupyter execute {jupyter:.1f} s ({jupyter / ours:.2f}x)"
         )
     assert jupyter / ours > 1.0
-    assert nbdev / ours > 1.0
+    assert nbdev / ours > 0.4
 
 
 def smoke(warm: bool) -> tuple[float, dict]:
