@@ -337,7 +337,7 @@ def _kernel(arguments: list[str]) -> None:
 
 TASKS: Mapping[str, Callable[[list[str]], None]] = {"job": _job, "kernel": _kernel}
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #369c9339
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #2a769d56
 def serve() -> None:
     """The warm parent: `sys.argv` is its folder, socket and lifeline; imports come as JSON on stdin."""
     import gc
@@ -355,9 +355,11 @@ def serve() -> None:
     _on_death_of_parent(signal.SIGTERM)
     parent = Parent(listener, lifeline, environment)
     try:
+        gc.disable()  # imports leave little garbage; to look for it takes a fifth of their time
         import_all([*RUNNER, *map(tuple, json.load(sys.stdin))])
         gc.collect()
         gc.freeze()
+        gc.enable()
         task = parent.serve()
     except BaseException as error:
         if not isinstance(error, SystemExit):
