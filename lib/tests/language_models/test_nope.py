@@ -595,6 +595,12 @@ def test_lists_have_different_keys_and_right_answers(num_pairs, seed):
         ].tolist()
 
 
+def test_every_pair_of_a_list_may_be_asked_for():
+    ids = RecallTask().sample(5, 100, torch.Generator().manual_seed(0))["input_ids"] // 17
+    asked = (ids[:, 5:, None] == ids[:, None, :5]).nonzero()[:, 2]
+    assert asked.unique().tolist() == [0, 1, 2, 3, 4]
+
+
 def test_too_many_pairs_are_refused():
     with pytest.raises(ValueError, match="num_pairs=13: give 1 to 12, the number of keys"):
         RecallTask(num_keys=12).sample(13, 1, torch.Generator())
