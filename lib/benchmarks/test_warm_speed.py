@@ -97,10 +97,8 @@ def test_the_fixed_cost_of_a_notebook(heavy_checkout, tmp_path, capsys):
 
 
 def test_against_nbdev_and_jupyter(heavy_checkout, capsys):
-    """A process for each notebook, as we have it, against the same in a loop, and against none.
-
-    `nbdev_test` stays ahead: its two workers import once and then run one notebook after the other in the
-    same process, where a notebook may see what another has left behind. What isolation costs is bounded here.
+    """Ahead of both is the aim. `nbdev_test` is not beaten yet: its two workers import once and run all notebooks
+    in one process each, where a notebook may see what another has left behind; ours has a process of its own.
     """
     folder = heavy_checkout.folder
     paths = [folder / catalogue()[name].notebook for name in CHAPTERS]
@@ -120,7 +118,7 @@ def test_against_nbdev_and_jupyter(heavy_checkout, capsys):
             f"({nbdev / ours:.2f}x), jupyter execute {jupyter:.1f} s ({jupyter / ours:.2f}x)"
         )
     assert jupyter / ours > 1.0
-    assert nbdev / ours > 0.3
+    assert nbdev / ours > 1.0
 
 
 def smoke(warm: bool) -> tuple[float, dict]:

@@ -25,7 +25,7 @@ from ..experiment.config import ConfigError, check_preset
 from ..experiment.record import code_cells, write_atomically
 from ..hints import unknown
 
-# %% ../../../nbs/00_foundations/runner_plan.ipynb #a659527d
+# %% ../../../nbs/00_foundations/runner_plan.ipynb #7c6da337
 PACKAGE = Path(compendium.__file__).parent
 
 
@@ -43,7 +43,8 @@ def imports_of(
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The modules that `source`, a cell or a module of `package`, imports, with the names taken from each.
 
-    With `inside` also those in functions and blocks. Nothing for code that cannot be parsed: the notebook will say so itself when the cell runs.
+    With `inside` also those in functions and blocks. Nothing for code that cannot be parsed: the notebook
+    will say so itself when the cell runs.
     """
     found: list[tuple[str, tuple[str, ...]]] = []
     tree = ast.Module([])

@@ -47,7 +47,7 @@ def check_forkable(after: str = "") -> None:
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith("/dev/nvidia"):
                 raise NotWarm(f"a GPU is open{cause}; its context does not survive a fork")
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #bc4f0979
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #33f929d4
 Import = tuple[str, tuple[str, ...]]  # a module and the names taken from it
 
 
@@ -66,14 +66,14 @@ def _imports_of_chapter(cells: Sequence[str]) -> dict[Import, None]:
     return {one: None for one in found if not one[0].startswith(chapters)}
 
 
-def declared_imports(chapters: Iterable[Sequence[str]], share: float = 0.25) -> list[Import]:
-    """What at least a `share` of the `chapters` import, directly or through foundations, without doubles.
+def declared_imports(chapters: Iterable[Sequence[str]]) -> list[Import]:
+    """What at least a quarter of the `chapters` import, directly or through foundations, without doubles.
 
     Each chapter is a list of code cells. What few need would let all others wait.
     """
     needed = [_imports_of_chapter(cells) for cells in chapters]
     counts = Counter(one for imports in needed for one in imports)
-    found = {one: None for one, count in counts.items() if count >= share * len(needed)}
+    found = {one: None for one, count in counts.items() if 4 * count >= len(needed)}
     if any(module.split(".")[0] == "torch" for module, _ in found):
         found["torch._dynamo", ()] = None  # seconds that the first optimizer would otherwise take
     return list(found)
