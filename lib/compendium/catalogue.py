@@ -67,16 +67,19 @@ class Chapter:
             return f"https://arxiv.org/abs/{self.arxiv}"
         return f"https://aclanthology.org/search/?q={self.title.replace(' ', '+')}"
 
-# %% ../../nbs/00_foundations/catalogue.ipynb #9158fe84
+# %% ../../nbs/00_foundations/catalogue.ipynb #0406f38e
+@functools.cache
+def _rows(name: str) -> list[dict[str, str]]:
+    with (files("compendium") / "files" / name).open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
 @functools.cache
 def catalogue() -> dict[str, Chapter]:
     """All forty chapters by name, in the order of the book."""
-    table = files("compendium") / "files" / "chapters.csv"
-    with table.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
     return {
         row["name"]: Chapter(**{**row, "number": int(row["number"]), "year": int(row["year"])})
-        for row in rows
+        for row in _rows("chapters.csv")
     }
 
 # %% ../../nbs/00_foundations/catalogue.ipynb #71edf5fb
@@ -100,18 +103,15 @@ def written() -> dict[str, Chapter]:
         name: chapter for name, chapter in catalogue().items() if (top / chapter.notebook).exists()
     }
 
-# %% ../../nbs/00_foundations/catalogue.ipynb #1d118e3d
-@functools.cache
-def _published() -> dict[str, list[dict[str, Any]]]:
-    import yaml
-
-    text = (files("compendium") / "files" / "published.yaml").read_text(encoding="utf-8")
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # C: 10x faster
-
-
+# %% ../../nbs/00_foundations/catalogue.ipynb #314fb6cb
 def published_rows(chapter: str) -> list[dict[str, Any]]:
-    """The rows of `data/published.yaml` for `chapter`: system, dataset, metric, value, source."""
-    return _published().get(chapter) or []
+    """The rows of `data/published.csv` for `chapter`: system, dataset, metric, value, source; maybe arm, key."""
+    return [
+        {name: value for name, value in row.items() if value and name != "chapter"}
+        | {"value": float(row["value"])}
+        for row in _rows("published.csv")
+        if row["chapter"] == chapter
+    ]
 
 # %% ../../nbs/00_foundations/catalogue.ipynb #1e75c986
 def find(names: Iterable[str] = ()) -> list[Chapter]:

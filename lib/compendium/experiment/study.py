@@ -32,9 +32,9 @@ from .tracking import Tracker
 
 TrainArm = Callable[[str, int, Callable[..., None]], Outcome | Mapping[str, float]]
 
-# %% ../../../nbs/00_foundations/experiment_study.ipynb #60181eb3
+# %% ../../../nbs/00_foundations/experiment_study.ipynb #42c451ae
 def published_numbers(chapter: str) -> list[Published]:
-    """The numbers that the paper of `chapter` printed, from `data/published.yaml`."""
+    """The numbers that the paper of `chapter` printed, from `data/published.csv`."""
     return [Published.model_validate(row) for row in published_rows(chapter)]
 
 # %% ../../../nbs/00_foundations/experiment_study.ipynb #3274f910
