@@ -34,7 +34,7 @@ for checkpoint in sorted(ZOO):
         resources:
             **zoo_resources(checkpoint, JOBS.values()),
         shell:
-            "exec {PYTHON} -c 'from compendium.zoo.store import main; main()' {params.name}"
+            "exec {PYTHON} -c 'from compendium.runner.execute import build_checkpoint; build_checkpoint()' {params.name}"
 
 
 rule chapter:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -11,9 +12,13 @@ import pytest
 
 from compendium.catalogue import catalogue, root, written
 from compendium.experiment.record import load_record
-from compendium.runner.execute import kernel_environment
-from compendium.runner.plan import Job
-from compendium.runner.warm import THREADS, VARIABLE, WarmParent, declared_imports
+from compendium.runner.warm import (
+    THREADS,
+    VARIABLE,
+    WarmParent,
+    declared_imports,
+    kernel_environment,
+)
 
 TOOLS = Path(sys.executable).parent
 CHAPTERS = ("flat", "udr", "aor", "cnn_ner", "dore", "mccws")
@@ -76,10 +81,11 @@ def plan_of(checkout, number: int) -> Path:
 
 
 def test_the_fixed_cost_of_a_notebook(heavy_checkout, tmp_path, capsys):
-    environment = kernel_environment(Job("flat", "smoke"), tmp_path) | dict.fromkeys(THREADS, "1")
+    environment = kernel_environment("smoke", 0, tmp_path) | dict.fromkeys(THREADS, "1")
     environment["COMPENDIUM_ROOT"] = str(heavy_checkout.folder)
     imports = declared_imports([[IMPORTS, RECORD]])
-    parent = WarmParent(imports, environment | {"WANDB_MODE": "disabled"}, tmp_path / "warm.log")
+    parent = WarmParent(environment | {"WANDB_MODE": "disabled"})
+    parent.load(imports)
     try:
         job_seconds(heavy_checkout, 0, str(parent.folder))  # waits until all is imported
         warm, cold = [], []
@@ -97,8 +103,9 @@ def test_the_fixed_cost_of_a_notebook(heavy_checkout, tmp_path, capsys):
 
 
 def test_against_nbdev_and_jupyter(heavy_checkout, capsys):
-    """Ahead of both is the aim. `nbdev_test` is not beaten yet: its two workers import once and run all notebooks
-    in one process each, where a notebook may see what another has left behind; ours has a process of its own.
+    """Ahead of both, although ours gives every notebook a process of its own, and `nbdev_test` does not.
+
+    Ours and `nbdev_test` take turns, since a machine is not equally fast at all times; medians are compared.
     """
     folder = heavy_checkout.folder
     paths = [folder / catalogue()[name].notebook for name in CHAPTERS]
@@ -106,16 +113,18 @@ def test_against_nbdev_and_jupyter(heavy_checkout, capsys):
         OMP_NUM_THREADS="1", PATH=f"{TOOLS}:{os.environ['PATH']}"
     )
     options = {"cwd": folder, "env": environment}
-    ours = batch(heavy_checkout)
-    nbdev = seconds([TOOLS / "nbdev_test", "--n_workers", "2"], **options)
+    nbdev_test = [TOOLS / "nbdev_test", "--n_workers", "2"]
+    pairs = [(batch(heavy_checkout), seconds(nbdev_test, **options)) for _ in range(7)]
+    ours, nbdev = map(statistics.median, zip(*pairs, strict=True))
     copies = folder / "copies"
     copies.mkdir()
     loop = " && ".join(f"jupyter execute {shutil.copy(path, copies)}" for path in paths)
     jupyter = seconds(["bash", "-c", loop], **options)
     with capsys.disabled():
+        turns = ", ".join(f"{theirs / mine:.2f}x" for mine, theirs in pairs)
         print(
             f"\n{len(paths)} notebooks: compendium run {ours:.1f} s, nbdev_test --n_workers 2 {nbdev:.1f} s "
-            f"({nbdev / ours:.2f}x), jupyter execute {jupyter:.1f} s ({jupyter / ours:.2f}x)"
+            f"({nbdev / ours:.2f}x; {turns}), jupyter execute {jupyter:.1f} s ({jupyter / ours:.2f}x)"
         )
     assert jupyter / ours > 1.0
     assert nbdev / ours > 1.0

@@ -116,19 +116,24 @@ class SmallCheckout:
 
 
 @pytest.fixture(scope="session")
-def warm_parent(tmp_path_factory) -> Iterator[dict[str, str]]:
+def warm_parent() -> Iterator[dict[str, str]]:
     """The setting that lets all batches of the tests share one warm parent; empty where there is none."""
-    from compendium.runner.execute import kernel_environment
-    from compendium.runner.plan import Job
-    from compendium.runner.warm import THREADS, VARIABLE, NotWarm, WarmParent, declared_imports
+    from compendium.runner.warm import (
+        THREADS,
+        VARIABLE,
+        NotWarm,
+        WarmParent,
+        declared_imports,
+        kernel_environment,
+    )
 
-    folder = tmp_path_factory.mktemp("warm")
-    environment = kernel_environment(Job("flat", "smoke"), folder) | dict.fromkeys(THREADS, "1")
+    environment = kernel_environment("smoke", 0, Path()) | dict.fromkeys(THREADS, "1")
     try:
-        parent = WarmParent(declared_imports([[TOY, FINISH]]), environment, folder / "warm.log")
+        parent = WarmParent(environment)
     except NotWarm:
         yield {}
         return
+    parent.load(declared_imports([[TOY, FINISH]]))
     yield {VARIABLE: str(parent.folder)}
     parent.close()
 

@@ -4,9 +4,10 @@
 __all__ = ['Show', 'Result', 'finished', 'result_of', 'progress_of', 'local_options', 'snakemake_command', 'BatchError',
            'run_batch']
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #09ac9489
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #97d77436
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Literal
 
 from ..catalogue import root
 from ..experiment.record import Record, RecordError, load_record, write_atomically
-from .execute import Failure, locked
+from .execute import SLOTS, Failure, locked
 from .plan import Job, visible_gpus
 from compendium.runner.slurm import (
     QueueWatch,
@@ -30,9 +31,9 @@ from compendium.runner.slurm import (
     slurm_log,
     slurm_options,
 )
-from .warm import warm_kernels
+from .warm import VARIABLE, Warmth, give_way
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #162b145a
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #d07fa5df
 @dataclass(frozen=True)
 class Result:
     """What became of a job: its state, seconds, either the record or the failure, and its Slurm log."""
@@ -62,7 +63,7 @@ def _remove(job: Job) -> None:
     for ending in ("", ".failed"):
         shutil.rmtree((root() / job.folder).with_suffix(ending), ignore_errors=True)
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #f46e1481
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #3fdb761a
 def result_of(job: Job, log: Path) -> Result:
     """The result that `job` left; when it left none, the reason stands at the end of the batch's `log`."""
     folder = root() / job.folder
@@ -102,17 +103,18 @@ def progress_of(job: Job) -> str:
             notes.append(form.format((parts[-1] / name).read_text()))
     return ", ".join(notes) or "starts"
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #9d8f91b3
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #d33ae3fc
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        give_way()
 
 
 def local_options(at_a_time: int) -> list[str]:
-    """The options with which Snakemake runs its jobs here, `at_a_time` at most."""
+    """The options with which Snakemake starts jobs here, `at_a_time` at most."""
     gpus = len(visible_gpus()) or 1
     limits = ["--cores", str(at_a_time), "--resources", f"gpu={gpus}", "--latency-wait", "1"]
-    return [*limits, "--quiet", "rules", "progress"]
+    return [*limits, "--max-jobs-per-timespan", "1000/0s", "--quiet", "rules", "progress"]
 
 
 def snakemake_command(plan: Path, options: Sequence[str], keep_going: bool) -> list[str]:
@@ -173,7 +175,17 @@ def _kill_tree(pid: int) -> None:
                 member.kill()
         psutil.wait_procs(family, timeout=10)
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #c209586d
+
+def _over(process: subprocess.Popen, jobs: Sequence[Job]) -> bool:
+    import psutil
+
+    if any(progress_of(job) not in ("done", "failed") for job in jobs):
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not psutil.Process(process.pid).children()
+    return True
+
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #b52b0e66
 Show = Callable[[Mapping[str, str]], None]
 
 
@@ -189,12 +201,14 @@ def run_batch(
     force: bool = False,
     show: Show | None = None,
     slurm: bool = False,
+    warmth: Warmth | None = None,
 ) -> list[Result]:
     """Run the `jobs` that have no result yet, `cores` at a time, and return one result for each.
 
-    With `slurm` they are Slurm jobs, all at a time if `cores` is None. With `keep_going` a failure leaves the other jobs alone; with `force` all are run again. `show`,
-    if given, is called a few times a second with the state of every chapter. Raises `BatchError` when
-    another batch runs in this checkout or its folder cannot be written.
+    With `slurm` they are Slurm jobs, all at a time if `cores` is None. With `keep_going` a failure leaves the other
+    jobs alone; with `force` all are run again. `show`, if given, is called a few times a second with the state of
+    every chapter. Without `warmth` kernels are ordinary ones. Raises `BatchError` when another batch runs in this
+    checkout or its folder cannot be written.
     """
     home = root() / ".compendium"
     try:
@@ -203,15 +217,11 @@ def run_batch(
             if not free:
                 raise BatchError("another batch is running in this checkout; wait for it to end")
             at_a_time = cores or (len(jobs) if slurm else os.cpu_count()) or 1
-            return _run_locked(jobs, at_a_time, keep_going, force, show, slurm)
+            return _run_locked(jobs, at_a_time, keep_going, force, show, slurm, warmth)
     except OSError as error:
         raise BatchError(f"cannot write {error.filename or home}: {error.strerror}") from error
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #516092f9
-def _say(sentence: str) -> None:
-    print(f"compendium: {sentence}", file=sys.stderr, flush=True)
-
-
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #99cf3d02
 def _told_by_slurm(result: Result, log: Path) -> Result:
     batch = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     own, failure = slurm_log(result.job, batch), result.failure
@@ -227,6 +237,7 @@ def _run_locked(
     force: bool,
     show: Show | None,
     slurm: bool,
+    warmth: Warmth | None,
 ) -> list[Result]:
     home = root() / ".compendium"
     ready = {job.chapter for job in jobs if not force and finished(job)}
@@ -234,7 +245,11 @@ def _run_locked(
     log = home / "batch.log"
     if waiting:
         plan = home / "plan.json"
-        options = slurm_options(at_a_time) if slurm else local_options(at_a_time)
+        options = (
+            slurm_options(at_a_time)
+            if slurm
+            else local_options(at_a_time * (3 if keep_going else 1))
+        )
         command = snakemake_command(plan, options, keep_going)
         with contextlib.ExitStack() as stack:
             if slurm:
@@ -243,15 +258,26 @@ def _run_locked(
                 _remove(job)
                 job.save()
             write_atomically(plan, json.dumps([str(job.file) for job in waiting], indent=1) + "\n")
-            warmth = stack.enter_context(warm_kernels([] if slurm else waiting, _say))
-            settings = {"COMPENDIUM_WARM": "off"} if slurm else warmth.environment
+            if warmth:
+                warmth.load(waiting)
+            settings = warmth.environment if warmth and not slurm else {VARIABLE: "off"}
+            if not slurm:
+                settings = settings | {SLOTS: str(at_a_time)}
             process = stack.enter_context(_running(command, log, settings))
             watch = QueueWatch(waiting, log) if slurm else None
-            while process.poll() is None and not (watch and watch.over()):
-                warmth.look()
-                if show:
-                    show({job.chapter: progress_of(job) for job in waiting})
-                time.sleep(0.2)
+            for tick in itertools.count():
+                if process.poll() is not None or (
+                    watch.over() if watch else _over(process, waiting)
+                ):
+                    break
+                if tick % 10 == 0:
+                    if warmth:
+                        warmth.look()
+                    if show:
+                        show({job.chapter: progress_of(job) for job in waiting})
+                time.sleep(0.02)
+            if warmth:
+                warmth.end()
         if show:
             show({job.chapter: progress_of(job) for job in waiting})
     results = {job.chapter: result_of(job, log) for job in jobs}

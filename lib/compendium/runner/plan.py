@@ -25,7 +25,7 @@ from ..experiment.config import ConfigError, check_preset
 from ..experiment.record import code_cells, write_atomically
 from ..hints import unknown
 
-# %% ../../../nbs/00_foundations/runner_plan.ipynb #7c6da337
+# %% ../../../nbs/00_foundations/runner_plan.ipynb #050861c1
 PACKAGE = Path(compendium.__file__).parent
 
 
@@ -194,9 +194,14 @@ def default_device(preset: str) -> str:
     """`cpu` for the presets that fit on any machine, else `cuda` where there is a GPU."""
     return "cuda" if preset in ("benchmark", "paper") and visible_gpus() else "cpu"
 
-# %% ../../../nbs/00_foundations/runner_plan.ipynb #c30c4379
+# %% ../../../nbs/00_foundations/runner_plan.ipynb #7488b777
 def _metadata(notebook: Path) -> dict[str, Any]:
     return json.loads(notebook.read_text(encoding="utf-8"))["metadata"].get("compendium", {})
+
+
+@functools.cache
+def _versions() -> list[str]:
+    return [platform.python_version(), *map(version, ("torch", "transformers", "numpy"))]
 
 
 def _files_hash(chapter: str) -> str:
@@ -234,10 +239,7 @@ def plan_job(
         "code": sources,
         "library": library_hashes(sources),
         "files": _files_hash(chapter.name),
-        "versions": [
-            platform.python_version(),
-            *(version(name) for name in ("torch", "transformers", "numpy")),
-        ],
+        "versions": _versions(),
     }
     metadata = _metadata(notebook)
     own = needs_of(metadata.get("needs", {}), preset, needs)

@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from compendium.runner.execute import SLOTS, slot
 
 SECRET = "sk-3f9a1c77e5b2d8040a6e"
 
@@ -251,3 +254,44 @@ def test_folders_named_relative_to_the_caller_reach_the_chapter(small_checkout):
     (small_checkout.folder / "here").mkdir()
     answer = small_checkout.compendium("run", "flat", "--preset", "smoke", COMPENDIUM_DATA="here")
     assert answer.returncode == 0, answer.stdout
+
+
+TIMES = """
+import pathlib, time
+began = time.time()
+time.sleep(0.5)
+pathlib.Path({folder!r}, {name!r}).write_text(f"{{began}} {{time.time()}}")
+"""
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_no_more_chapters_run_than_asked(small_checkout, tmp_path, at_a_time):
+    names = ["flat", "udr", "aor", "mccws"]
+    (tmp_path / "times").mkdir()
+    for name in names:
+        small_checkout.write(name, TIMES.format(folder=str(tmp_path / "times"), name=name))
+    answer = small_checkout.compendium("run", "--jobs", str(at_a_time))
+    assert answer.returncode == 0, answer.stderr
+    spans = [tuple(map(float, (tmp_path / "times" / name).read_text().split())) for name in names]
+    together = [sum(begin <= moment < end for begin, end in spans) for moment, _ in spans]
+    assert max(together) == at_a_time
+
+
+def test_a_slot_is_waited_for_and_given_back(small_checkout, monkeypatch):
+    monkeypatch.setenv("COMPENDIUM_ROOT", str(small_checkout.folder))
+    monkeypatch.setenv(SLOTS, "1")
+    done = threading.Event()
+
+    def second() -> None:
+        with slot():
+            done.set()
+
+    thread = threading.Thread(target=second)
+    with slot():
+        thread.start()
+        assert not done.wait(0.3)
+    assert done.wait(10)
+    thread.join()
+    monkeypatch.delenv(SLOTS)
+    with slot(), slot():  # outside a batch there is nothing to wait for
+        pass

@@ -14,9 +14,10 @@ from one_node_slurm import installed, one_node_slurm
 from compendium.catalogue import catalogue
 from compendium.experiment.config import ConfigError
 from compendium.runner import slurm as module
-from compendium.runner.execute import kernel_environment, reserved_gpu
+from compendium.runner.execute import reserved_gpu
 from compendium.runner.plan import Job, Needs, needs_of, plan_job
 from compendium.runner.slurm import QueueWatch, explanation, log_folder_of, resources
+from compendium.runner.warm import kernel_environment
 
 LOST = Job("flat", "smoke", key="0" * 12, zoo=("bert-en",))
 
@@ -110,7 +111,7 @@ def test_on_a_node_slurm_hands_out_cores_and_gpus(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     job = Job("flat", "benchmark", device="cuda", gpus=1)
-    assert kernel_environment(job, tmp_path)["OMP_NUM_THREADS"] == "3"
+    assert kernel_environment(job.preset, job.gpus, tmp_path)["OMP_NUM_THREADS"] == "3"
     with reserved_gpu(job) as here:
         assert here == {"CUDA_VISIBLE_DEVICES": "0"}
     monkeypatch.setenv("SLURM_JOB_ID", "17")

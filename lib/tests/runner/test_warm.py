@@ -1,7 +1,10 @@
 """Warm kernels: what is forked is as good as new, nothing is left behind, and nothing is shared by accident."""
 
+import asyncio
+import contextlib
 import json
 import os
+import queue
 import re
 import signal
 import stat
@@ -14,14 +17,22 @@ from pathlib import Path
 
 import psutil
 import pytest
+from jupyter_client import AsyncKernelManager
 
 from compendium.runner import warm
-from compendium.runner.execute import kernel_environment
 from compendium.runner.plan import Job
-from compendium.runner.warm import THREADS, VARIABLE, NotWarm, WarmParent, declared_imports
+from compendium.runner.provisioner import settings
+from compendium.runner.warm import (
+    THREADS,
+    VARIABLE,
+    NotWarm,
+    WarmParent,
+    declared_imports,
+    kernel_environment,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
-SETTINGS = kernel_environment(Job("flat", "smoke"), Path("run")) | dict.fromkeys(THREADS, "1")
+SETTINGS = kernel_environment("smoke", 0, Path("run")) | dict.fromkeys(THREADS, "1")
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
@@ -41,10 +52,10 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory):
+def parent():
     """A warm parent that has imported torch."""
-    log = tmp_path_factory.mktemp("parent") / "warm.log"
-    parent = WarmParent([("torch", ()), ("statistics", ("mean",))], SETTINGS, log)
+    parent = WarmParent(SETTINGS)
+    parent.load([("torch", ()), ("statistics", ("mean",))])
     yield parent
     assert parent.problem() == ""
     parent.close()
@@ -59,8 +70,6 @@ class Kernels:
     def start(self, **changes: str):
         """A new kernel, its manager and its client."""
         from jupyter_client.manager import KernelManager
-
-        from compendium.runner.provisioner import settings
 
         sockets = tempfile.mkdtemp(dir=self.parent.folder)
         manager = KernelManager(kernel_name="python3", config=settings(sockets, warm=True))
@@ -107,6 +116,7 @@ def test_the_imports_are_those_that_chapters_declare():
     cells = [
         "import numpy as np\nfrom transformers import AutoModel, AutoConfig\nimport compendium.chinese.flat",
         "%matplotlib inline\ndef late():\n    import faiss",
+        "optimizer = torch.optim.AdamW(parameters)",
         "from compendium.experiment.study import Experiment",
         "from compendium.chinese.flat import Flat",
         "broken(",
@@ -127,7 +137,7 @@ def test_the_imports_are_those_that_chapters_declare():
 def test_what_few_chapters_import_does_not_let_the_others_wait():
     cells = [["import numpy", "import networkx"], *[["import numpy"]] * 3, ["import numpy"]]
     modules = [module for module, _ in declared_imports(cells)]
-    assert modules == ["numpy"]
+    assert modules == ["numpy"], "neither networkx nor, without an optimizer, torch._dynamo"
     assert "networkx" in {module for module, _ in declared_imports(cells[:4])}
 
 
@@ -266,7 +276,8 @@ def test_a_lost_client_is_a_lost_child(parent, tmp_path):
 
 
 def test_nothing_is_left_of_a_parent_that_ends(tmp_path, monkeypatch):
-    parent = WarmParent([], SETTINGS, tmp_path / "warm.log")
+    parent = WarmParent(SETTINGS)
+    parent.load([])
     for name, value in (SETTINGS | {VARIABLE: str(parent.folder)}).items():
         monkeypatch.setenv(name, value)
     kernels = Kernels(parent, tmp_path)
@@ -280,7 +291,8 @@ def test_nothing_is_left_of_a_parent_that_ends(tmp_path, monkeypatch):
 
 
 def test_children_end_with_a_parent_that_is_killed(tmp_path, monkeypatch):
-    parent = WarmParent([], SETTINGS, tmp_path / "warm.log")
+    parent = WarmParent(SETTINGS)
+    parent.load([])
     for name, value in (SETTINGS | {VARIABLE: str(parent.folder)}).items():
         monkeypatch.setenv(name, value)
     manager, client = Kernels(parent, tmp_path).start()
@@ -312,19 +324,105 @@ def test_a_library_that_starts_threads_is_named_once(small_checkout, tmp_path):
     )
 
 
-def test_an_installation_without_the_entry_point_is_told(small_checkout, monkeypatch, tmp_path):
+def test_an_installation_without_the_entry_point_is_told(monkeypatch):
     monkeypatch.setattr(warm, "PROVISIONER", "not-registered")
     with pytest.raises(NotWarm, match="pip install"):
-        WarmParent([], {}, tmp_path / "warm.log")
+        WarmParent({})
 
 
-def test_a_batch_of_gpu_chapters_starts_no_parent():
+def test_a_batch_of_gpu_chapters_has_no_parent(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
     said = []
-    with warm.warm_kernels(
-        [Job("flat", "benchmark", device="cuda", gpus=1)], said.append
-    ) as warmth:
+    with warm.warm_kernels("benchmark", "cuda", said.append) as warmth:
         assert warmth.environment == {}
+    with warm.warm_kernels("benchmark", "cpu", said.append) as warmth:
+        folder = Path(warmth.environment[VARIABLE])
+        assert folder.is_dir()
+        warmth.load([Job("flat", "benchmark", device="cuda", gpus=1)])
+        assert warmth.environment == {} and not folder.exists()
     assert said == []
+
+
+def test_who_waits_for_kernels_waits_for_all_imports(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(1)")
+    parent = WarmParent(SETTINGS | {"PYTHONPATH": str(tmp_path)})
+    try:
+        monkeypatch.setenv(VARIABLE, str(parent.folder))
+        waiting = threading.Thread(target=warm.wait_for_kernels)
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive(), "it was not told yet what to import"
+        parent.load([("slow_to_import", ())])
+        start = time.monotonic()
+        waiting.join(60)
+        assert not waiting.is_alive() and time.monotonic() - start > 0.9
+        assert parent.problem() == ""
+    finally:
+        parent.close()
+    warm.wait_for_kernels()  # the parent is gone, and nobody waits for it
+
+
+def test_the_half_for_jobs_gives_way_to_kernels(parent, kernels):
+    manager, _ = kernels.start()
+    process = psutil.Process(parent._process.pid)
+    [half] = {child.pid for child in process.children()} - {pid_of(manager)}
+    assert psutil.Process(half).nice() > process.nice() == psutil.Process(pid_of(manager)).nice()
+    assert os.getsid(half) == half
+
+
+def test_a_client_is_ready_when_the_kernel_has_said_all_about_its_request(
+    parent, monkeypatch, tmp_path
+):
+    for name, value in (SETTINGS | {VARIABLE: str(parent.folder)}).items():
+        monkeypatch.setenv(name, value)
+
+    async def heard() -> tuple[list[str], float]:
+        sockets = tempfile.mkdtemp(dir=parent.folder)
+        manager = AsyncKernelManager(config=settings(sockets, warm=True))
+        await manager.start_kernel(cwd=str(tmp_path))
+        client = manager.client()
+        client.start_channels()
+        try:
+            await client.wait_for_ready(timeout=60)
+            [own] = {client.session.msg_id.rpartition("_")[0]}
+            late = []
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    message = await client.get_iopub_msg(timeout=0.5)
+                    late.append(message["parent_header"].get("msg_id", ""))
+            start = time.monotonic()
+            await manager.shutdown_kernel(now=True)
+            return [name for name in late if name.startswith(own)], time.monotonic() - start
+        finally:
+            client.stop_channels()
+
+    late, seconds = asyncio.run(heard())
+    assert late == []
+    assert seconds < 0.09, "jupyter_client looks every tenth of a second whether a kernel is gone"
+
+
+def test_a_client_of_a_kernel_that_dies_is_told(parent, monkeypatch, tmp_path):
+    for name, value in (SETTINGS | {VARIABLE: str(parent.folder)}).items():
+        monkeypatch.setenv(name, value)
+
+    async def ask(timeout: float, number: int) -> None:
+        manager = AsyncKernelManager(
+            config=settings(tempfile.mkdtemp(dir=parent.folder), warm=True)
+        )
+        await manager.start_kernel(cwd=str(tmp_path))
+        os.kill(manager.provisioner.pid, number)
+        client = manager.client()
+        client.start_channels()
+        try:
+            await client.wait_for_ready(timeout=timeout)
+        finally:
+            client.stop_channels()
+            await manager.shutdown_kernel(now=True)
+
+    with pytest.raises(RuntimeError, match="died"):
+        asyncio.run(ask(60, signal.SIGKILL))
+    with pytest.raises(RuntimeError, match=r"did not answer in 1\.5 s"):
+        asyncio.run(ask(1.5, signal.SIGSTOP))
 
 
 SLEEP = "import time; time.sleep(600)"
@@ -373,7 +471,8 @@ def test_nothing_is_left_of_a_batch_that_is_stopped(small_checkout, tmp_path, nu
     assert list((tmp_path / "tmp").glob("compendium-*")) == []
 
 
-def test_a_batch_outlives_its_parent(small_checkout, tmp_path):
+@pytest.mark.parametrize("half", ["kernels", "jobs"])
+def test_a_batch_outlives_its_parent(small_checkout, tmp_path, half):
     small_checkout.write("udr", WHICH, "import time; time.sleep(5)")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     batch = batch_in(small_checkout, tmp_path, **pipes)
@@ -382,6 +481,8 @@ def test_a_batch_outlives_its_parent(small_checkout, tmp_path):
     [parent] = [
         p for p in psutil.Process(batch.pid).children() if "serve()" in " ".join(p.cmdline())
     ]
+    if half == "jobs":
+        [parent] = [p for p in parent.children() if p.nice() > parent.nice()]
     parent.kill()
     shown, errors = batch.communicate(timeout=200)
     assert batch.returncode == 0, shown + errors
