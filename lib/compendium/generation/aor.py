@@ -176,7 +176,7 @@ class CallableJudge:
         answers = [self.function(r.question, r.chains, r.references) for r in requests]
         return [None if scores is None else [float(s) for s in scores] for scores in answers]
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #7d6e2234
+# %% ../../../nbs/07_generation/03_aor.ipynb #99f1786f
 STEP_BY_STEP = "{question}\nReason step by step and end with 'The answer is ...'."
 
 
@@ -195,7 +195,9 @@ class ChatGenerator:
 
     def __post_init__(self) -> None:
         if "{question}" not in self.template:
-            raise ValueError(f"the template {self.template!r:.60} has no place {{question}}")
+            raise ValueError(
+                f"the template {self.template!r:.60} has no place {{question}}; put it where the question belongs"
+            )
 
     def sample(self, requests: Sequence[Sample]) -> list[list[str]]:
         """The chains of every request; requests of the same kind are asked together."""
@@ -256,7 +258,7 @@ def judge_messages(
     system = {"role": "system", "content": rubric(request.level, subject)}
     return [system, {"role": "user", "content": "\n\n".join(parts)}]
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #67903ab3
+# %% ../../../nbs/07_generation/03_aor.ipynb #1a425954
 _SCORE = r"(-?\d+(?:\.\d+)?)"
 
 
@@ -457,12 +459,14 @@ class QuestionState:
 def _best_first(chain: Chain) -> tuple[float, int]:
     return -(chain.score or 0.0), chain.number
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #0a531fa3
+# %% ../../../nbs/07_generation/03_aor.ipynb #b11104bb
 def draw_chains(aor: "AoR", state: QuestionState, n: int) -> Program:
     """`n` more chains, put into their buckets; returns those with an answer."""
     (texts,) = yield [Sample(state.question, n, len(state.chains))]
     if len(texts) != n:
-        raise ValueError(f"the generator gave {len(texts)} chains instead of {n}")
+        raise ValueError(
+            f"the generator gave {len(texts)} chains instead of {n}; its `sample` must return as many texts as are asked for"
+        )
     parsed = [aor.parse_answer(text) for text in texts]
     first = len(state.chains)
     new = [Chain(first + i, *pair) for i, pair in enumerate(zip(texts, parsed, strict=True))]
@@ -745,7 +749,7 @@ def calculation_features(given: list[float], chain: str, final: float | None) ->
     last = bool(pairs) and pairs[-1][1] == final
     return [len(pairs), wrong, share, nowhere, unused, last, len(pairs) - len(given)]
 
-# %% ../../../nbs/07_generation/03_aor.ipynb #296f66a4
+# %% ../../../nbs/07_generation/03_aor.ipynb #0ae25086
 def chain_features(question: str, chain: str) -> list[float]:
     """What can be checked in a chain without solving the question, as 16 numbers.
 
