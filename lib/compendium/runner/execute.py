@@ -45,7 +45,7 @@ class Failure:
         place = f"cell {self.cell}: " if self.cell is not None else ""
         return f"{place}{self.sentence} [{self.notebook}]"
 
-# %% ../../../nbs/00_foundations/runner_execute.ipynb #17604bf3
+# %% ../../../nbs/00_foundations/runner_execute.ipynb #dc720b10
 @contextlib.contextmanager
 def locked(path: Path, wait: float = 60.0) -> Iterator[bool]:
     """Hold an exclusive lock on the file at `path`; yields whether it was had within `wait` seconds."""
@@ -66,9 +66,14 @@ def locked(path: Path, wait: float = 60.0) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def first_free(names: Sequence[str]) -> Iterator[str]:
-    """Hold one of the locks called `names` in the checkout, waiting until one is free; yields its name."""
-    folder = root() / ".compendium"
+    """Hold one of the locks called `names` in the checkout, waiting until one is free; yields its name.
+
+    The process ends when the one that has started it ends meanwhile.
+    """
+    folder, starter = root() / ".compendium", os.getppid()
     while True:
+        if os.getppid() != starter:
+            sys.exit("the batch that started it has ended")
         for name in names:
             with locked(folder / f"{name}.lock", wait=0) as free:
                 if free:

@@ -118,6 +118,25 @@ def test_kill_at_any_moment_then_the_same_command(small_checkout):
     assert not list((small_checkout.folder / ".compendium" / "runs" / "mini").glob("*.part-*"))
 
 
+@pytest.mark.parametrize("kernels", ["warm", "ordinary"])
+def test_who_waits_for_a_slot_ends_with_the_batch(small_checkout, kernels):
+    for name in ("flat", "udr", "aor"):
+        small_checkout.write(name, "import time; time.sleep(600)")
+    batch = subprocess.Popen(
+        small_checkout.command("run", "--jobs", "1"),
+        cwd=small_checkout.folder,
+        env=small_checkout.environment(COMPENDIUM_WARM="" if kernels == "warm" else "off"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    runs = small_checkout.folder / ".compendium" / "runs" / "mini"
+    wait_until(lambda: len(list(runs.glob("*.lock"))) == 3 and list(runs.glob("*/cell.txt")))
+    batch.kill()
+    batch.wait()
+    wait_until(lambda: not processes_of(small_checkout.folder), seconds=15)
+    assert list(runs.glob("*/record.json")) == []
+
+
 def test_interrupt_ends_everything_below(small_checkout):
     small_checkout.write("udr", "import time; time.sleep(600)")
     batch = subprocess.Popen(
