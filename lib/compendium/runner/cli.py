@@ -415,17 +415,17 @@ def doctor() -> None:
     )
     raise typer.Exit(int(not all(fine for _, fine, _ in checks)))
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #98345759
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #6605ea35
 def main() -> None:
     """Entry point of the command `compendium`."""
     os.environ.setdefault(
         "PYDANTIC_DISABLE_PLUGINS", "__all__"
     )  # a search of all installed packages
-    status: Any = 0
+    status = 0
     try:
         app()
     except SystemExit as end:
-        status = end.code
+        status = int(end.code or 0)
     except Exception as error:
         if not type(error).__module__.startswith("compendium."):
             raise
@@ -433,4 +433,4 @@ def main() -> None:
         status = 2
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
-    os._exit(status or 0)  # Python would take a tenth of a second to tidy up
+    os._exit(status)  # Python would take a tenth of a second to tidy up

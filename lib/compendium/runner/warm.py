@@ -79,12 +79,11 @@ def declared_imports(chapters: Iterable[Sequence[str]]) -> list[Import]:
     counts = Counter(one for imports in needed for one in imports)
     return [one for one, count in counts.items() if 4 * count >= len(needed)]
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #d96a5f4f
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #cc714b0d
 KERNEL: tuple[Import, ...] = tuple(
     (module, ())
     for module in (
         "faulthandler",
-        "sqlite3",
         "ipykernel.kernelapp",
         "ipykernel.debugger",
         "IPython.core.completerlib",
@@ -343,7 +342,7 @@ def begin_anew(threads: int) -> None:
             threadpoolctl.threadpool_limits(threads)
             torch.set_num_threads(threads)
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #2b13408f
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #b7ab2c42
 def _job(arguments: list[str]) -> None:
     from compendium.runner.execute import main
 
@@ -373,16 +372,13 @@ def _kernel(arguments: list[str]) -> None:
                         handler.stream = sys.stderr
 
     sys.argv = ["ipykernel_launcher", *arguments]
-    arguments = [
-        *arguments,
-        "--HistoryManager.enabled=False",
-    ]  # which is a database in the home folder
+    arguments = [*arguments, "--HistoryManager.enabled=False"]  # no database in the home folder
     WarmKernelApp.launch_instance(argv=arguments, parent_handle=os.getppid())
 
 
 TASKS: Mapping[str, Callable[[list[str]], None]] = {"job": _job, "kernel": _kernel}
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #29405541
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #ed4287a1
 def serve() -> None:
     """The warm parent: `sys.argv` is its folder, its sockets for kernels and jobs, and the lifeline.
 
@@ -417,8 +413,9 @@ def serve() -> None:
         if not isinstance(error, SystemExit):
             print(error, file=sys.stderr, flush=True)
         parent.end()
-        if for_jobs:
-            os.kill(for_jobs, signal.SIGTERM)
+        if for_jobs:  # jobs that are killed without a word are run again, with ordinary kernels
+            wanted = isinstance(error, SystemExit)
+            os.kill(for_jobs, signal.SIGTERM if wanted else signal.SIGKILL)
             os.waitpid(for_jobs, 0)
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(not isinstance(error, SystemExit))  # nothing to tidy up in all that was imported

@@ -305,12 +305,17 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path, monkeypatch):
     parent.close()
 
 
-NOISY = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+NOISY = """
+import threading, time
+time.sleep({seconds})
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+"""
 
 
-def test_a_library_that_starts_threads_is_named_once(small_checkout, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 5])  # before the first job waits, and later
+def test_a_library_that_starts_threads_is_named_once(small_checkout, tmp_path, seconds):
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "noisy.py").write_text(NOISY)
+    (tmp_path / "modules" / "noisy.py").write_text(NOISY.format(seconds=seconds))
     small_checkout.write("flat", "import noisy")
     path = os.pathsep.join([str(tmp_path / "modules"), os.environ.get("PYTHONPATH", "")])
     answer = small_checkout.compendium("run", **{VARIABLE: "", "PYTHONPATH": path})
