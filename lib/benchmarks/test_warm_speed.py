@@ -84,8 +84,8 @@ def test_the_fixed_cost_of_a_notebook(heavy_checkout, tmp_path, capsys):
     environment = kernel_environment("smoke", 0, tmp_path) | dict.fromkeys(THREADS, "1")
     environment["COMPENDIUM_ROOT"] = str(heavy_checkout.folder)
     imports = declared_imports([[IMPORTS, RECORD]])
-    parent = WarmParent(environment | {"WANDB_MODE": "disabled"})
-    parent.load(imports)
+    parent = WarmParent()
+    parent.load(imports, environment | {"WANDB_MODE": "disabled"})
     try:
         job_seconds(heavy_checkout, 0, str(parent.folder))  # waits until all is imported
         warm, cold = [], []

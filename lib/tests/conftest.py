@@ -119,7 +119,6 @@ class SmallCheckout:
 def warm_parent() -> Iterator[dict[str, str]]:
     """The setting that lets all batches of the tests share one warm parent; empty where there is none."""
     from compendium.runner.warm import (
-        THREADS,
         VARIABLE,
         NotWarm,
         WarmParent,
@@ -127,13 +126,12 @@ def warm_parent() -> Iterator[dict[str, str]]:
         kernel_environment,
     )
 
-    environment = kernel_environment("smoke", 0, Path()) | dict.fromkeys(THREADS, "1")
     try:
-        parent = WarmParent(environment)
+        parent = WarmParent()
     except NotWarm:
         yield {}
         return
-    parent.load(declared_imports([[TOY, FINISH]]))
+    parent.load(declared_imports([[TOY, FINISH]]), kernel_environment("smoke", 0, Path()))
     yield {VARIABLE: str(parent.folder)}
     parent.close()
 

@@ -225,7 +225,7 @@ def run_batch(
     except OSError as error:
         raise BatchError(f"cannot write {error.filename or home}: {error.strerror}") from error
 
-# %% ../../../nbs/00_foundations/runner_batch.ipynb #0fefcadc
+# %% ../../../nbs/00_foundations/runner_batch.ipynb #2789f58c
 def _told_by_slurm(result: Result, log: Path) -> Result:
     batch = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     own, failure = slurm_log(result.job, batch), result.failure
@@ -259,10 +259,9 @@ def _run_locked(
                 job.save()
             write_atomically(plan, json.dumps([str(job.file) for job in waiting], indent=1) + "\n")
             if warmth:
-                warmth.load(waiting)
-            settings = warmth.environment if warmth and not slurm else {VARIABLE: "off"}
-            if not slurm:
-                settings = settings | {SLOTS: str(at_a_time)}
+                warmth.load([] if slurm else waiting)
+            settings = {VARIABLE: "off"} if slurm else {SLOTS: str(at_a_time)}
+            settings |= warmth.environment if warmth else {VARIABLE: "off"}
             process = stack.enter_context(_running(command, log, settings))
             watch = QueueWatch(waiting, log) if slurm else None
             for tick in itertools.count():

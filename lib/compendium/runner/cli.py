@@ -98,7 +98,7 @@ def executor_is_slurm(executor: str, needs: Mapping[str, Any]) -> bool:
         raise typer.BadParameter(f"{asked[0]} wants --executor slurm", param_hint=asked[0])
     return executor == "slurm"
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #82db0a93
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #8fe8ee48
 Preset = Annotated[str, typer.Option(help="smoke, mini, benchmark or paper.")]
 
 
@@ -109,6 +109,7 @@ def say(sentence: str) -> None:
 
 @app.command()
 def run(
+    context: typer.Context,
     chapters: Annotated[
         list[str] | None, typer.Argument(help="Chapters or parts; all when none is named.")
     ] = None,
@@ -135,48 +136,44 @@ def run(
     cores: Annotated[int | None, typer.Option(help="Slurm: cores of a chapter.")] = None,
 ) -> None:
     """Run chapters, regenerate their reports, and print the table of verdicts."""
-    from compendium.runner.warm import warm_kernels
+    from compendium.catalogue import root
+    from compendium.reports.pages import committed, regenerate
+    from compendium.runner.batch import run_batch
+    from compendium.runner.plan import plan
+    from compendium.runner.slurm import check_slurm, cluster_device
 
     needs = {"partition": partition, "account": account, "memory_gb": memory_gb, "cores": cores}
     slurm = executor_is_slurm(executor, needs)
     if slurm:
-        from compendium.runner.slurm import check_slurm, cluster_device
-
         check_slurm()
         device = device or cluster_device(preset)
+    planned = plan(
+        chapters or (),
+        preset,
+        seed=seed,
+        device=device,
+        overrides=parse_overrides(overrides or []),
+        time_limit=time_limit,
+        needs=needs,
+    )
+    before = {job.chapter: committed(job.chapter, preset) for job in planned}
     try:
-        with warm_kernels(preset, "none" if slurm else device or "cpu", say) as warmth:
-            from compendium.catalogue import root
-            from compendium.reports.pages import committed, regenerate
-            from compendium.runner.batch import run_batch
-            from compendium.runner.plan import plan
-
-            planned = plan(
-                chapters or (),
-                preset,
-                seed=seed,
-                device=device,
-                overrides=parse_overrides(overrides or []),
-                time_limit=time_limit,
-                needs=needs,
+        with progress_display() as show:
+            results = run_batch(
+                planned,
+                cores=jobs,
+                keep_going=keep_going,
+                force=force,
+                show=show,
+                slurm=slurm,
+                warmth=context.obj,
             )
-            before = {job.chapter: committed(job.chapter, preset) for job in planned}
-            with progress_display() as show:
-                results = run_batch(
-                    planned,
-                    cores=jobs,
-                    keep_going=keep_going,
-                    force=force,
-                    show=show,
-                    slurm=slurm,
-                    warmth=warmth,
-                )
-            regenerate()
-            print_results(results, before)
-            print(f"\nReports: {root() / 'reports' / 'README.md'}")
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept")
         raise typer.Exit(130) from None
+    regenerate()
+    print_results(results, before)
+    print(f"\nReports: {root() / 'reports' / 'README.md'}")
     raise typer.Exit(int(any(result.state == "failed" for result in results)))
 
 # %% ../../../nbs/00_foundations/runner_cli.ipynb #1bbdc023
@@ -415,15 +412,20 @@ def doctor() -> None:
     )
     raise typer.Exit(int(not all(fine for _, fine, _ in checks)))
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #6605ea35
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #1d2608ed
 def main() -> None:
     """Entry point of the command `compendium`."""
     os.environ.setdefault(
         "PYDANTIC_DISABLE_PLUGINS", "__all__"
     )  # a search of all installed packages
+    from compendium.runner.warm import warm_kernels
+
     status = 0
     try:
-        app()
+        # What takes longest begins first: even the options are read after that.
+        running = sys.argv[1:2] == ["run"]
+        with warm_kernels(say) if running else contextlib.nullcontext() as warmth:
+            app(obj=warmth)
     except SystemExit as end:
         status = int(end.code or 0)
     except Exception as error:

@@ -378,11 +378,11 @@ def _kernel(arguments: list[str]) -> None:
 
 TASKS: Mapping[str, Callable[[list[str]], None]] = {"job": _job, "kernel": _kernel}
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #ed4287a1
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #6007fa76
 def serve() -> None:
     """The warm parent: `sys.argv` is its folder, its sockets for kernels and jobs, and the lifeline.
 
-    What chapters import comes as JSON on stdin.
+    What chapters import, and the rest of their environment, comes as JSON on stdin.
     """
     import gc
 
@@ -400,7 +400,10 @@ def serve() -> None:
         if for_jobs:
             parent.watch(os.pidfd_open(for_jobs), _stop)
             import_kernel()
-            import_all(map(tuple, json.load(sys.stdin)))
+            told = json.load(sys.stdin)
+            os.environ.update(told["environment"])
+            parent.environment.update(told["environment"])
+            import_all(map(tuple, told["imports"]))
         else:
             os.setsid()
             give_way()
@@ -485,15 +488,15 @@ def _program(
         stderr=log,
     )
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #3bfd6099
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #a599ea4b
 class WarmParent:
     """A warm parent with its private folder, for the time of one batch.
 
-    `environment` are the variables of its kernels. It serves nobody before it was told what to `load`.
-    Raises `NotWarm` when this machine or installation cannot have one.
+    It serves nobody before it was told what to `load`. Raises `NotWarm` when this machine or installation
+    cannot have one.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
             raise NotWarm(f"forking is safe on Linux only, and this is {sys.platform}")
         _check_registered()
@@ -502,13 +505,15 @@ class WarmParent:
         read, self._lifeline = os.pipe()
         with _listener(self.folder / "kernel") as kernels, _listener(self.folder / "job") as jobs:
             files = [kernels.fileno(), jobs.fileno(), read]
+            environment = kernel_environment("", 0, Path()) | dict.fromkeys(THREADS, "1")
             self._process = _program(self.folder, files, os.environ | environment, self._log)
         os.close(read)
 
-    def load(self, imports: Sequence[Import]) -> None:
-        """Let it import what chapters need."""
+    def load(self, imports: Sequence[Import], environment: Mapping[str, str]) -> None:
+        """Let it import what chapters need, for kernels that have `environment` as well."""
+        told = {"imports": imports, "environment": dict(environment)}
         with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(json.dumps(imports).encode())
+            pipe.write(json.dumps(told).encode())
 
     def problem(self) -> str:
         """Why the parent has ended although the batch goes on; empty if it has not."""
@@ -535,10 +540,10 @@ class WarmParent:
         self._log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #72a0aed8
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #c2a9a484
 @contextlib.contextmanager
-def warm_kernels(preset: str, device: str, say: Callable[[str], None]) -> Iterator["Warmth"]:
-    """For the time of the block: a warm parent for jobs with `preset` on `device`, or ordinary kernels.
+def warm_kernels(say: Callable[[str], None]) -> Iterator["Warmth"]:
+    """For the time of the block: a warm parent, or ordinary kernels.
 
     Why it is not warm, although it could be, is told to `say` once. Yields a `Warmth`: its `environment` is for
     the processes of the jobs, it waits to be told for which jobs it is to `load`, and wants to `look` now and then.
@@ -547,13 +552,13 @@ def warm_kernels(preset: str, device: str, say: Callable[[str], None]) -> Iterat
     if os.environ.get(VARIABLE, "") not in ("", "off") and warm_folder() is None:
         say(f"ordinary kernels are used: {VARIABLE} names no warm parent")
     try:
-        if device == "cpu" and not os.environ.get(VARIABLE):
-            warmth.start(preset)
+        if not os.environ.get(VARIABLE):
+            warmth.start()
         yield warmth
     finally:
         warmth.close()
 
-# %% ../../../nbs/00_foundations/runner_warm.ipynb #0a3bd12e
+# %% ../../../nbs/00_foundations/runner_warm.ipynb #1cac939d
 class Warmth:
     """What a batch knows of its warm parent; see `warm_kernels`."""
 
@@ -561,11 +566,10 @@ class Warmth:
         self._say, self._parent = say, None
         self.environment: dict[str, str] = {}
 
-    def start(self, preset: str) -> None:
-        """Start a parent for jobs with `preset`."""
-        environment = kernel_environment(preset, 0, Path()) | dict.fromkeys(THREADS, "1")
+    def start(self) -> None:
+        """Start a parent."""
         try:
-            self._parent = WarmParent(environment)
+            self._parent = WarmParent()
         except NotWarm as error:
             self._say(f"ordinary kernels are used: {error}")
             return
@@ -576,13 +580,13 @@ class Warmth:
         from compendium.catalogue import catalogue, root
         from compendium.experiment.record import code_cells
 
-        notebooks = [
-            root() / catalogue()[job.chapter].notebook for job in jobs if job.device == "cpu"
-        ]
-        if not notebooks:
+        jobs = [job for job in jobs if job.device == "cpu"]
+        if not jobs:
             self.close()
         elif self._parent:
-            self._parent.load(declared_imports(map(code_cells, notebooks)))
+            notebooks = [root() / catalogue()[job.chapter].notebook for job in jobs]
+            environment = kernel_environment(jobs[0].preset, 0, Path())
+            self._parent.load(declared_imports(map(code_cells, notebooks)), environment)
 
     def look(self) -> None:
         """Say, once, when the parent has ended before the batch."""

@@ -54,8 +54,8 @@ def alive(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def parent():
     """A warm parent that has imported torch."""
-    parent = WarmParent(SETTINGS)
-    parent.load([("torch", ()), ("statistics", ("mean",))])
+    parent = WarmParent()
+    parent.load([("torch", ()), ("statistics", ("mean",))], SETTINGS)
     yield parent
     assert parent.problem() == ""
     parent.close()
@@ -276,8 +276,8 @@ def test_a_lost_client_is_a_lost_child(parent, tmp_path):
 
 
 def test_nothing_is_left_of_a_parent_that_ends(tmp_path, monkeypatch):
-    parent = WarmParent(SETTINGS)
-    parent.load([])
+    parent = WarmParent()
+    parent.load([], SETTINGS)
     for name, value in (SETTINGS | {VARIABLE: str(parent.folder)}).items():
         monkeypatch.setenv(name, value)
     kernels = Kernels(parent, tmp_path)
@@ -291,8 +291,8 @@ def test_nothing_is_left_of_a_parent_that_ends(tmp_path, monkeypatch):
 
 
 def test_children_end_with_a_parent_that_is_killed(tmp_path, monkeypatch):
-    parent = WarmParent(SETTINGS)
-    parent.load([])
+    parent = WarmParent()
+    parent.load([], SETTINGS)
     for name, value in (SETTINGS | {VARIABLE: str(parent.folder)}).items():
         monkeypatch.setenv(name, value)
     manager, client = Kernels(parent, tmp_path).start()
@@ -332,15 +332,13 @@ def test_a_library_that_starts_threads_is_named_once(small_checkout, tmp_path, s
 def test_an_installation_without_the_entry_point_is_told(monkeypatch):
     monkeypatch.setattr(warm, "PROVISIONER", "not-registered")
     with pytest.raises(NotWarm, match="pip install"):
-        WarmParent({})
+        WarmParent()
 
 
 def test_a_batch_of_gpu_chapters_has_no_parent(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     said = []
-    with warm.warm_kernels("benchmark", "cuda", said.append) as warmth:
-        assert warmth.environment == {}
-    with warm.warm_kernels("benchmark", "cpu", said.append) as warmth:
+    with warm.warm_kernels(said.append) as warmth:
         folder = Path(warmth.environment[VARIABLE])
         assert folder.is_dir()
         warmth.load([Job("flat", "benchmark", device="cuda", gpus=1)])
@@ -350,14 +348,15 @@ def test_a_batch_of_gpu_chapters_has_no_parent(monkeypatch):
 
 def test_who_waits_for_kernels_waits_for_all_imports(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(1)")
-    parent = WarmParent(SETTINGS | {"PYTHONPATH": str(tmp_path)})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    parent = WarmParent()
     try:
         monkeypatch.setenv(VARIABLE, str(parent.folder))
         waiting = threading.Thread(target=warm.wait_for_kernels)
         waiting.start()
         waiting.join(1)
         assert waiting.is_alive(), "it was not told yet what to import"
-        parent.load([("slow_to_import", ())])
+        parent.load([("slow_to_import", ())], SETTINGS)
         start = time.monotonic()
         waiting.join(60)
         assert not waiting.is_alive() and time.monotonic() - start > 0.9
