@@ -412,12 +412,11 @@ def doctor() -> None:
     )
     raise typer.Exit(int(not all(fine for _, fine, _ in checks)))
 
-# %% ../../../nbs/00_foundations/runner_cli.ipynb #1d2608ed
+# %% ../../../nbs/00_foundations/runner_cli.ipynb #a04e0e60
 def main() -> None:
     """Entry point of the command `compendium`."""
-    os.environ.setdefault(
-        "PYDANTIC_DISABLE_PLUGINS", "__all__"
-    )  # a search of all installed packages
+    # pydantic would look for plugins in all installed packages.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from compendium.runner.warm import warm_kernels
 
     status = 0

@@ -43,7 +43,7 @@ class WarmProvisioner(LocalProvisioner):
         if isinstance(self.process, Forked):
             self.process.forget(-signal.SIGKILL)
 
-# %% ../../../nbs/00_foundations/runner_provisioner.ipynb #a1c12df0
+# %% ../../../nbs/00_foundations/runner_provisioner.ipynb #a11d75ad
 class PromptClient(AsyncKernelClient):
     """A client that is ready as soon as its kernel is."""
 
@@ -65,9 +65,13 @@ class PromptClient(AsyncKernelClient):
                     return await self._hear_back_from(self.kernel_info())
             except TimeoutError:  # the request, or its echo, was lost: it came too early
                 if not await self.is_alive():
-                    raise RuntimeError("the kernel died as it began") from None
+                    raise RuntimeError(
+                        "the kernel died as it began; what it said is in .compendium/batch.log"
+                    ) from None
                 if clock() > deadline:
-                    raise RuntimeError(f"the kernel did not answer in {timeout:g} s") from None
+                    raise RuntimeError(
+                        f"the kernel did not answer in {timeout:g} s; try fewer at a time with --jobs"
+                    ) from None
 
     async def _hear_back_from(self, request: str) -> None:
         async def about_it(get: Any) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def test_folders_named_relative_to_the_caller_reach_the_chapter(small_checkout):
 TIMES = """
 import pathlib, time
 began = time.time()
-time.sleep(0.5)
+time.sleep(1)
 pathlib.Path({folder!r}, {name!r}).write_text(f"{{began}} {{time.time()}}")
 """
 
